@@ -1,0 +1,195 @@
+"""What a model is: one frozen dataclass, read from and written to Hugging Face's ``config.json``."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from kogpt_jax.errors import InputError
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+
+# One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+_TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+_TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A GPT-J-architecture model: sizes, constants and the dtype of weights and activations.
+
+    Frozen, because it is a static argument of jitted functions. Letters are the project's shape letters.
+
+    Raises:
+        InputError: a size is not positive or sizes do not fit each other.
+    """
+
+    vocab_size: int  # V
+    max_len: int  # longest sequence in tokens, prompt and completion together
+    model_dim: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    rotary_dim: int  # leading part of each head that is rotated, even
+    ffn_dim: int  # F
+    layer_norm_epsilon: float = 1e-5
+    eos_token_ids: tuple[int, ...] = ()  # a row ends when one of these is sampled
+    dtype: Dtype = "bf16"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_len", "model_dim", "num_layers", "num_heads", "rotary_dim", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.model_dim % self.num_heads:
+            raise InputError(f"model_dim {self.model_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise InputError(f"rotary_dim must be even and at most head_dim {self.head_dim}, got {self.rotary_dim}")
+        if not self.layer_norm_epsilon > 0:
+            raise InputError(f"layer_norm_epsilon must be positive, got {self.layer_norm_epsilon}")
+        for token_id in self.eos_token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise InputError(f"eos_token_ids holds {token_id}, outside the vocabulary of {self.vocab_size}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Per-head width H."""
+        return self.model_dim // self.num_heads
+
+    @classmethod
+    def from_hf_dict(cls, hf: Mapping[str, Any], *, dtype: Dtype = "bf16", source: str = "config") -> "ModelConfig":
+        """Reads Hugging Face's GPT-J configuration; absent keys take ``GPTJConfig``'s defaults.
+
+        Args:
+            hf: the parsed ``config.json``.
+            dtype: dtype to run in; the file's own ``torch_dtype`` is not trusted, the stored tensors say it.
+            source: what an error names, usually the file's path.
+
+        Raises:
+            InputError: another architecture, a key without support, or a value of the wrong kind.
+        """
+        if hf.get("model_type") != "gptj":
+            raise InputError(f"{source}: model_type must be 'gptj', got {hf.get('model_type')!r}")
+        activation = hf.get("activation_function", "gelu_new")
+        if activation not in _TANH_GELU_NAMES:
+            raise InputError(f"{source}: activation_function {activation!r} is not supported, only 'gelu_new'")
+        if hf.get("tie_word_embeddings", False):
+            raise InputError(f"{source}: tie_word_embeddings true is not supported")
+        if hf.get("quantization_config") is not None:
+            raise InputError(f"{source}: quantization_config is not supported, expected unquantised weights")
+        return cls(
+            vocab_size=_integer(hf, "vocab_size", 50400, source),
+            max_len=_integer(hf, "n_positions", 2048, source),
+            model_dim=_integer(hf, "n_embd", 4096, source),
+            num_layers=_integer(hf, "n_layer", 28, source),
+            num_heads=_integer(hf, "n_head", 16, source),
+            rotary_dim=_integer(hf, "rotary_dim", 64, source),
+            ffn_dim=_integer(hf, "n_inner", 4 * _integer(hf, "n_embd", 4096, source), source),
+            layer_norm_epsilon=_number(hf, "layer_norm_epsilon", 1e-5, source),
+            eos_token_ids=_eos_token_ids(hf, source),
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_hf_dir(cls, directory: str | pathlib.Path, *, dtype: Dtype = "bf16") -> "ModelConfig":
+        """Reads ``config.json`` of a Hugging Face model directory.
+
+        Raises:
+            InputError: the directory or file is missing, is not JSON, or says what ``from_hf_dict`` refuses.
+        """
+        directory = pathlib.Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"model directory does not exist: {directory}")
+        path = directory / "config.json"
+        if not path.is_file():
+            raise InputError(f"config.json is missing in {directory}")
+        try:
+            hf = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(hf, dict):
+            raise InputError(f"{path} must hold a JSON object, got {type(hf).__name__}")
+        return cls.from_hf_dict(hf, dtype=dtype, source=str(path))
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """The ``config.json`` that Hugging Face transformers reads back as this model."""
+        eos = self.eos_token_ids
+        return {
+            "architectures": ["GPTJForCausalLM"],
+            "model_type": "gptj",
+            "vocab_size": self.vocab_size,
+            "n_positions": self.max_len,
+            "n_embd": self.model_dim,
+            "n_layer": self.num_layers,
+            "n_head": self.num_heads,
+            "rotary_dim": self.rotary_dim,
+            "n_inner": self.ffn_dim,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "bos_token_id": None,
+            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": _TORCH_DTYPES[self.dtype],
+        }
+
+
+def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:
+    """An integer key; only ``n_inner`` may be null (then the default), as in ``GPTJConfig``."""
+    value = hf.get(key, default)
+    if value is None and key == "n_inner":
+        return default
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{source}: {key} must be an integer, got {value!r}")
+    return value
+
+
+def _number(hf: Mapping[str, Any], key: str, default: float, source: str) -> float:
+    value = hf.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{source}: {key} must be a number, got {value!r}")
+    return float(value)
+
+
+def _eos_token_ids(hf: Mapping[str, Any], source: str) -> tuple[int, ...]:
+    """``eos_token_id``: an id, a list of ids, null or absent."""
+    value = hf.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise InputError(f"{source}: eos_token_id must hold integers, got {value!r}")
+    # GPTJConfig's default 50256 stands in files whose vocabulary is smaller: such an id can never be sampled.
+    vocab_size = _integer(hf, "vocab_size", 50400, source)
+    return tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+
+
+# Kakao Brain's KoGPT (KoGPT6B-ryan1.5b): its model card's table, and GPT-J's defaults for the rest. The card does not give
+# the id of [EOS]; the tokenizer of a loaded checkpoint does.
+KOGPT_6B = ModelConfig(
+    vocab_size=64512,
+    max_len=2048,
+    model_dim=4096,
+    num_layers=28,
+    num_heads=16,
+    rotary_dim=64,
+    ffn_dim=16384,
+    dtype="bf16",
+)
+
+# The model that is shipped under kogpt_jax/demo.
+DEMO = ModelConfig(
+    vocab_size=8000,
+    max_len=512,
+    model_dim=256,
+    num_layers=8,
+    num_heads=4,
+    rotary_dim=32,
+    ffn_dim=1024,
+    eos_token_ids=(1,),
+    dtype="fp16",
+)
