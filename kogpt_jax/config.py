@@ -6,6 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import jax.numpy as jnp
+import numpy as np
+
 from kogpt_jax.errors import InputError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -14,6 +17,7 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 # One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 _TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
+_JAX_DTYPES = {"fp32": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 _TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -58,6 +62,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Per-head width H."""
         return self.model_dim // self.num_heads
+
+    @property
+    def jax_dtype(self) -> np.dtype:
+        """``dtype`` as JAX and NumPy know it."""
+        return np.dtype(_JAX_DTYPES[self.dtype])
 
     @classmethod
     def from_hf_dict(cls, hf: Mapping[str, Any], *, dtype: Dtype = "bf16", source: str = "config") -> "ModelConfig":

@@ -1,0 +1,104 @@
+"""The key-value cache: preallocated pages of one size, a page table per row, and how many keys of a row are valid.
+
+    page_table = [[0, 1], [2, 3]], lengths = [70, 3], 64 tokens a page
+    row 0: page 0 k0 .. k63 | page 1 k64 .. k69 . . .
+    row 1: page 2 k0 k1 k2 . . . | page 3 . . .
+
+Tokens are left-aligned: token j of row b lies in page ``page_table[b, j // PAGE_LEN]`` at offset ``j % PAGE_LEN``, and key j
+is valid iff ``j < lengths[b]``. What lies beyond is never read into a result, whatever it holds.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from kogpt_jax.config import ModelConfig
+from kogpt_jax.sharding import named_sharding, partition_spec
+
+PAGE_LEN = 64  # tokens a page
+
+_PAGES_AXES = ("pages", "heads", "kv_len", "head_dim")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "page_table", "lengths"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The cache of a batch: one array of pages per layer for keys and one for values."""
+
+    k: tuple[Float[Array, "pages N page_len H"], ...]
+    v: tuple[Float[Array, "pages N page_len H"], ...]
+    page_table: Int[Array, "B max_pages"]
+    lengths: Int[Array, " B"]
+
+    @property
+    def max_len(self) -> int:
+        """Tokens a row can hold."""
+        return self.page_table.shape[1] * PAGE_LEN
+
+
+def cache_specs(num_layers: int) -> KVCache:
+    """The partition of a cache over the mesh, in the cache's own structure."""
+    pages = (partition_spec(_PAGES_AXES),) * num_layers
+    return KVCache(
+        k=pages, v=pages, page_table=partition_spec(("batch", None)), lengths=partition_spec(("batch",))
+    )
+
+
+def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:
+    """Bytes of pages that one row of ``max_len`` tokens takes, over all layers, keys and values."""
+    itemsize = config.jax_dtype.itemsize
+    return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.model_dim * itemsize
+
+
+def pages_per_row(max_len: int) -> int:
+    """Pages that hold ``max_len`` tokens."""
+    return -(-max_len // PAGE_LEN)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "batch", "max_len"))
+def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> KVCache:
+    """An empty cache for ``batch`` rows of up to ``max_len`` tokens, rounded up to whole pages, each row with its own."""
+    max_pages = pages_per_row(max_len)
+    shape = (batch * max_pages, config.num_heads, PAGE_LEN, config.head_dim)
+
+    def pages() -> tuple[Array, ...]:
+        zeros = (jnp.zeros(shape, config.jax_dtype) for _ in range(config.num_layers))
+        return tuple(jax.lax.with_sharding_constraint(z, named_sharding(mesh, _PAGES_AXES)) for z in zeros)
+
+    rows_per_shard = batch // mesh.shape["data"]  # a data shard numbers its own pages from 0
+    own_pages = jnp.arange(rows_per_shard * max_pages, dtype=jnp.int32).reshape(rows_per_shard, max_pages)
+    return KVCache(
+        k=pages(),
+        v=pages(),
+        page_table=jnp.tile(own_pages, (mesh.shape["data"], 1)),
+        lengths=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def append(
+    pages: Float[Array, "pages N page_len H"],
+    new: Float[Array, "B T N H"],
+    page_table: Int[Array, "B max_pages"],
+    positions: Int[Array, "B T"],
+    is_valid: Bool[Array, "B T"],
+) -> Float[Array, "pages N page_len H"]:
+    """Writes ``new[b, t]`` where token ``positions[b, t]`` of row b lies; tokens that are not valid are not written."""
+    page_slot = jnp.minimum(positions // PAGE_LEN, page_table.shape[1] - 1)
+    page_ids = jnp.take_along_axis(page_table, page_slot, axis=1)
+    page_ids = jnp.where(is_valid, page_ids, pages.shape[0])  # past the end, which "drop" leaves out
+    return pages.at[page_ids, :, positions % PAGE_LEN].set(new.astype(pages.dtype), mode="drop")
+
+
+def gather(
+    pages: Float[Array, "pages N page_len H"], page_table: Int[Array, "B max_pages"], lengths: Int[Array, " B"]
+) -> Float[Array, "B N S H"]:
+    """The keys or values of each row in order, S = max_pages * PAGE_LEN; zeros from ``lengths[b]`` on."""
+    rows = pages[page_table]  # [B, max_pages, N, page_len, H]
+    batch, max_pages, num_heads, page_len, head_dim = rows.shape
+    rows = rows.transpose(0, 2, 1, 3, 4).reshape(batch, num_heads, max_pages * page_len, head_dim)
+    is_valid = jnp.arange(max_pages * page_len) < lengths[:, None]
+    return jnp.where(is_valid[:, None, :, None], rows, 0)
