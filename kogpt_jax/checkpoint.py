@@ -1,0 +1,462 @@
+"""Checkpoints in Hugging Face layout: one table of names, a streaming load and an atomic save.
+
+``_TABLE`` maps our parameters to Hugging Face keys both ways. A fused weight is put together from its parts while they
+are read and taken apart again while they are written; no other module knows a Hugging Face key.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kogpt_jax.config import DTYPES, Dtype, ModelConfig
+from kogpt_jax.errors import InputError
+from kogpt_jax.model import ParamSpec, model_def
+from kogpt_jax.sharding import named_sharding
+from kogpt_jax.weight_files import (
+    NUMPY_DTYPES,
+    Block,
+    StoredTensor,
+    TensorToWrite,
+    open_tensors,
+    read_ahead,
+    renamed_when_complete,
+    split_rows,
+    write_json,
+    write_weights,
+)
+
+# XLA's CPU backend takes a host buffer of this alignment as it is; any other it copies.
+_ALIGNMENT = 64
+
+
+# -- The table: our parameters and Hugging Face's keys ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One of our parameters: the stored tensors that make it up, each with its shape in the project's letters.
+
+    ``stacked`` says how they lie in the leaf: side by side along the rows or the columns of each tensor shard, which
+    holds the same share of every part; None for a parameter that is one stored tensor and has no shard axis.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    stacked: Literal["rows", "columns"] | None = None
+
+
+# `{i}` is the layer. The order is the one in which a checkpoint is written.
+_TABLE: dict[str, _Entry] = {
+    "embedding": _Entry((("transformer.wte.weight", "VD"),)),
+    "blocks.{i}.ln_scale": _Entry((("transformer.h.{i}.ln_1.weight", "D"),)),
+    "blocks.{i}.ln_bias": _Entry((("transformer.h.{i}.ln_1.bias", "D"),)),
+    "blocks.{i}.w_in": _Entry(
+        (
+            ("transformer.h.{i}.attn.q_proj.weight", "DD"),
+            ("transformer.h.{i}.attn.k_proj.weight", "DD"),
+            ("transformer.h.{i}.attn.v_proj.weight", "DD"),
+            ("transformer.h.{i}.mlp.fc_in.weight", "FD"),
+        ),
+        stacked="rows",
+    ),
+    "blocks.{i}.b_ffn_in": _Entry((("transformer.h.{i}.mlp.fc_in.bias", "F"),), stacked="rows"),
+    "blocks.{i}.w_out": _Entry(
+        (("transformer.h.{i}.attn.out_proj.weight", "DD"), ("transformer.h.{i}.mlp.fc_out.weight", "DF")),
+        stacked="columns",
+    ),
+    "blocks.{i}.b_ffn_out": _Entry((("transformer.h.{i}.mlp.fc_out.bias", "D"),)),
+    "ln_f_scale": _Entry((("transformer.ln_f.weight", "D"),)),
+    "ln_f_bias": _Entry((("transformer.ln_f.bias", "D"),)),
+    "lm_head": _Entry((("lm_head.weight", "VD"),)),
+    "lm_head_bias": _Entry((("lm_head.bias", "V"),)),
+}
+
+# Causal mask and mask value: constants that checkpoints of older transformers carry. Known by name, never read.
+_BUFFERS = ("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """``leaf[dst] = stored[src]``: what of one stored tensor goes to one place of a leaf.
+
+    ``dst`` has one axis more than ``src`` where the leaf has a shard axis; that axis comes first and has extent 1.
+    """
+
+    key: str
+    shape: tuple[int, ...]  # of the whole stored tensor
+    src: tuple[slice, ...]
+    dst: tuple[slice, ...]
+
+
+def _pieces(config: ModelConfig, num_shards: int) -> dict[str, tuple[_Piece, ...]]:
+    """The table for one model: parameter path -> its pieces, in writing order."""
+    pieces = {}
+    for path, entry in _TABLE.items():
+        for layer in range(config.num_layers) if "{i}" in path else (0,):
+            pieces[path.format(i=layer)] = tuple(_entry_pieces(entry, layer, config, num_shards))
+    return pieces
+
+
+def _entry_pieces(entry: _Entry, layer: int, config: ModelConfig, num_shards: int) -> Iterator[_Piece]:
+    extents = {"V": config.vocab_size, "D": config.model_dim, "F": config.ffn_dim}
+    axis = 1 if entry.stacked == "columns" else 0
+    offset = 0  # along `axis`, within a shard
+    for template, letters in entry.parts:
+        key = template.format(i=layer)
+        shape = tuple(extents[letter] for letter in letters)
+        whole = tuple(slice(0, extent) for extent in shape)
+        if entry.stacked is None:
+            yield _Piece(key, shape, whole, whole)
+            continue
+        # Shard s of [Q | K | V | FFN] holds the s-th share of each: the rows of its own heads, not a cut of the stack.
+        share = shape[axis] // num_shards
+        for shard in range(num_shards):
+            src, dst = list(whole), list(whole)
+            src[axis] = slice(shard * share, (shard + 1) * share)
+            dst[axis] = slice(offset, offset + share)
+            yield _Piece(key, shape, tuple(src), (slice(shard, shard + 1), *dst))
+        offset += share
+
+
+def _check_keys(
+    directory: pathlib.Path,
+    tensors: Mapping[str, StoredTensor],
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Accounts for every key: each stored one is wanted and fits or is a known buffer, each wanted one is there."""
+    buffers = {name.format(i=layer) for name in _BUFFERS for layer in range(config.num_layers)}
+    for key, stored in tensors.items():
+        if key in buffers:
+            continue
+        if f"transformer.{key}" in shapes:
+            raise InputError(f"{stored.file.path}: key {key!r} is one of GPTJModel, expected those of GPTJForCausalLM")
+        if key not in shapes:
+            raise InputError(f"{stored.file.path}: unknown key {key!r} for GPT-J with n_layer {config.num_layers}")
+        if stored.shape != shapes[key]:
+            wanted = list(shapes[key])
+            raise InputError(f"{stored.file.path}: {key} has shape {list(stored.shape)}, config.json gives {wanted}")
+        _check_dtype(stored)
+    missing = [key for key in shapes if key not in tensors]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(f"{directory}: key {missing[0]!r} is in none of the weight files{more}")
+
+
+def _check_dtype(stored: StoredTensor) -> None:
+    if stored.dtype not in DTYPES:
+        raise InputError(
+            f"{stored.file.path}: {stored.key} has dtype {stored.dtype}, expected one of {', '.join(DTYPES)}"
+        )
+
+
+# -- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> Dtype:
+    """The dtype of a checkpoint's weights, from the tensors themselves: ``config.json`` often says something else.
+
+    Where they differ, the dtype that holds the most elements of the weight matrices: LayerNorm and biases in fp32
+    beside fp16 matrices give fp16.
+
+    Raises:
+        InputError: the files cannot be read, or a matrix is of another dtype than fp32, fp16 and bf16.
+    """
+    any_layer = re.compile(r"\.\d+\.")
+    matrices = {key for entry in _TABLE.values() for key, letters in entry.parts if len(letters) == 2}
+    elements: collections.Counter[str] = collections.Counter()
+    with contextlib.ExitStack() as closing:
+        for key, stored in open_tensors(pathlib.Path(path), closing).items():
+            if any_layer.sub(".{i}.", key) in matrices:
+                _check_dtype(stored)
+                elements[stored.dtype] += math.prod(stored.shape)
+    if not elements:
+        raise InputError(f"{path}: the weight files hold no weight matrix of GPTJForCausalLM")
+    return cast(Dtype, elements.most_common(1)[0][0])
+
+
+def load_config(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> ModelConfig:
+    """The configuration of a Hugging Face directory, with the dtype that is asked for (None: as stored).
+
+    Raises:
+        InputError: what ``ModelConfig.from_hf_dir`` and ``stored_dtype`` refuse.
+    """
+    config = ModelConfig.from_hf_dir(pathlib.Path(path))
+    return dataclasses.replace(config, dtype=stored_dtype(path) if dtype is None else dtype)
+
+
+def load_leaves(
+    path: str | os.PathLike[str], config: ModelConfig, mesh: Mesh, *, progress: bool = False
+) -> list[jax.Array]:
+    """Streams a checkpoint onto the devices of ``mesh``.
+
+    Each stored tensor is read once, in blocks and in the order of the disk, by threads that read ahead; of a tensor
+    whose rows are sharded, only the rows that this process's devices hold. On the host live at most one leaf that is
+    being filled, one that is under way to its device, and the buffers read ahead. A leaf stored in another dtype is
+    converted on the device.
+
+    Args:
+        path: a directory with ``model.safetensors`` or ``pytorch_model.bin``, or shards of either with their index.
+        config: as ``load_config`` gives it; the leaves are in ``config.dtype``.
+        mesh: from ``sharding.make_mesh``.
+        progress: show a progress bar, if stderr is a terminal.
+
+    Returns:
+        The leaves in the order of ``model_def(config, mesh.shape["tensor"]).params``.
+
+    Raises:
+        InputError: a damaged or missing file; an unknown, missing or repeated key; a wrong shape or dtype; a value that
+            is not finite, or not finite any more in ``config.dtype``.
+    """
+    directory = pathlib.Path(path)
+    num_shards = mesh.shape["tensor"]
+    pieces = _pieces(config, num_shards)
+    params = model_def(config, num_shards).params
+    with contextlib.ExitStack() as closing:
+        tensors = open_tensors(directory, closing)
+        _check_keys(
+            directory, tensors, config, {piece.key: piece.shape for group in pieces.values() for piece in group}
+        )
+        order = {key: position for position, key in enumerate(tensors)}
+        plans = [_plan_leaf(param, pieces[param.path], tensors, mesh) for param in params]
+        plans.sort(key=lambda plan: min(order[piece.key] for piece in plan.pieces))
+        blocks = [block for plan in plans for block in plan.blocks]
+        advance = closing.enter_context(_progress_bar(sum(block.num_bytes for block in blocks), progress))
+        stream = closing.enter_context(contextlib.closing(read_ahead(blocks)))
+        leaves: dict[str, jax.Array] = {}
+        previous: jax.Array | None = None
+        for plan in plans:
+            parts = _fill_leaf(plan, tensors, stream, advance)
+            if previous is not None:
+                previous.block_until_ready()
+            previous = leaves[plan.param.path] = _place_leaf(plan, parts)
+            del parts
+        jax.block_until_ready(previous)
+    return [leaves[param.path] for param in params]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LeafPlan:
+    """A leaf: its pieces, the parts of it that this process's devices hold, and what is read for them."""
+
+    param: ParamSpec
+    pieces: tuple[_Piece, ...]
+    sharding: NamedSharding
+    parts: list[tuple[slice, ...]]
+    devices: list[list[jax.Device]]  # of each part; replicas share one
+    blocks: list[Block]
+
+
+def _plan_leaf(
+    param: ParamSpec, pieces: tuple[_Piece, ...], tensors: Mapping[str, StoredTensor], mesh: Mesh
+) -> _LeafPlan:
+    sharding = named_sharding(mesh, param.logical_axes)
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # by bounds: slices have no hash in Python 3.11
+    for device, index in sharding.addressable_devices_indices_map(param.shape).items():
+        assert index is not None  # it is addressable
+        bounds = tuple(cut.indices(extent)[:2] for cut, extent in zip(index, param.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    parts = [tuple(slice(*bound) for bound in bounds) for bounds in devices]
+    blocks: list[Block] = []
+    for key, group in itertools.groupby(pieces, lambda piece: piece.key):
+        overlaps = [_overlap(piece, part) for piece in group for part in parts]
+        rows = [overlap[0][0] for overlap in overlaps if overlap is not None]
+        if rows:
+            blocks.extend(split_rows(tensors[key], min(cut.start for cut in rows), max(cut.stop for cut in rows)))
+    return _LeafPlan(param, pieces, sharding, parts, list(devices.values()), blocks)
+
+
+def _overlap(piece: _Piece, part: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What of a piece falls into a device's part of the leaf: where in the stored tensor, and where in the part."""
+    local, within_piece = [], []
+    for dst, own in zip(piece.dst, part, strict=True):
+        start, stop = max(dst.start, own.start), min(dst.stop, own.stop)
+        if start >= stop:
+            return None
+        local.append(slice(start - own.start, stop - own.start))
+        within_piece.append(slice(start - dst.start, stop - dst.start))
+    within_piece = within_piece[len(piece.dst) - len(piece.src) :]  # without the shard axis
+    region = [
+        slice(src.start + cut.start, src.start + cut.stop) for src, cut in zip(piece.src, within_piece, strict=True)
+    ]
+    return tuple(region), tuple(local)
+
+
+def _fill_leaf(
+    plan: _LeafPlan,
+    tensors: Mapping[str, StoredTensor],
+    stream: Iterator[tuple[Block, np.ndarray]],
+    advance: Callable[[str, int], None],
+) -> list[np.ndarray]:
+    """One host array for each of ``plan.parts``, filled from ``plan.blocks``, which come next in ``stream``."""
+    dtypes = {tensors[piece.key].dtype for piece in plan.pieces}
+    dtype = NUMPY_DTYPES[dtypes.pop() if len(dtypes) == 1 else "fp32"]  # mixed ones meet in fp32, which is exact
+    arrays = [_aligned_empty(tuple(cut.stop - cut.start for cut in part), dtype) for part in plan.parts]
+    # Key -> (region of the stored tensor, the view of an array that it fills, of the region's shape).
+    targets: dict[str, list[tuple[tuple[slice, ...], np.ndarray]]] = {}
+    for piece in plan.pieces:
+        for part, array in zip(plan.parts, arrays, strict=True):
+            overlap = _overlap(piece, part)
+            if overlap is not None:
+                region, local = overlap
+                view = array[local] if len(local) == len(region) else array[local][0]
+                targets.setdefault(piece.key, []).append((region, view))
+    for _ in plan.blocks:
+        block, values = next(stream)
+        first = block.rows.start
+        for (rows, *columns), view in targets[block.stored.key]:
+            start, stop = max(rows.start, first), min(rows.stop, block.rows.stop)
+            if start < stop:
+                view[start - rows.start : stop - rows.start] = values[start - first : stop - first, *columns]
+        advance(block.stored.file.path.name, block.num_bytes)
+    return arrays
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _place_leaf(plan: _LeafPlan, parts: Sequence[np.ndarray]) -> jax.Array:
+    """Puts a leaf's parts on their devices, in the leaf's dtype.
+
+    On CPU devices the array is the host buffer itself, so nobody may write to ``parts`` again.
+    """
+    param = plan.param
+    arrays: list[jax.Array] = []
+    for part, devices in zip(parts, plan.devices, strict=True):
+        part.flags.writeable = False
+        arrays.extend(jax.device_put(part, device) for device in devices)
+    leaf = jax.make_array_from_single_device_arrays(param.shape, plan.sharding, arrays)
+    if leaf.dtype == param.dtype:
+        return leaf
+    converted, is_finite = _converter(param.dtype, plan.sharding)(leaf)
+    if not is_finite:
+        key = next(piece.key for piece in plan.pieces if not jnp.isfinite(converted[piece.dst]).all())
+        path = next(block.stored.file.path for block in plan.blocks if block.stored.key == key)
+        raise InputError(f"{path}: {key} holds values too large for {param.dtype}")
+    return converted
+
+
+@functools.cache
+def _converter(dtype: np.dtype, sharding: NamedSharding) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """A jitted cast to ``dtype`` that also says whether the result is finite."""
+
+    def convert(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+        converted = leaf.astype(dtype)
+        return converted, jnp.isfinite(converted).all()
+
+    return jax.jit(convert, out_shardings=(sharding, NamedSharding(sharding.mesh, PartitionSpec())))
+
+
+@contextlib.contextmanager
+def _progress_bar(total_bytes: int, is_wanted: bool) -> Iterator[Callable[[str, int], None]]:
+    """Yields ``advance(file_name, num_bytes)``; it draws only if wanted and stderr is a terminal."""
+    if not (is_wanted and sys.stderr.isatty()):
+        yield _draw_nothing
+        return
+    from rich import console, progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total_bytes)
+
+        def advance(file_name: str, num_bytes: int) -> None:
+            bar.update(task, description=file_name, advance=num_bytes)
+
+        yield advance
+
+
+def _draw_nothing(file_name: str, num_bytes: int) -> None:
+    pass
+
+
+# -- Saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    leaves: Sequence[jax.Array],
+    *,
+    num_shards: int = 1,
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer_files: Iterable[str | os.PathLike[str]] = (),
+) -> None:
+    """Writes a directory that ``transformers.GPTJForCausalLM.from_pretrained`` and ``load_leaves`` read.
+
+    Tensors go to the disk one by one, into a temporary directory beside the target that is renamed when it is complete:
+    after a failure or an interrupt the target is as it was.
+
+    Args:
+        directory: does not exist yet, or is empty.
+        config: of the model; its ``dtype`` is the leaves'.
+        leaves: in the order of ``model_def(config, num_shards).params``.
+        num_shards: extent of the leaves' shard axis.
+        max_shard_bytes: no weight file's tensors take more, unless a single one does.
+        tokenizer_files: copied into the directory under their own names.
+
+    Raises:
+        InputError: the directory is not empty or cannot be written, a tokenizer file is missing or has a name that is
+            taken, ``max_shard_bytes`` is not positive.
+        ValueError: the leaves are not those of ``config``.
+    """
+    target = pathlib.Path(os.path.realpath(directory))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{directory} exists and is not an empty directory")
+    if max_shard_bytes < 1:
+        raise InputError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    params = model_def(config, num_shards).params
+    for param, leaf in zip(params, leaves, strict=True):
+        if (leaf.shape, leaf.dtype) != (param.shape, param.dtype):
+            raise ValueError(f"{param.path} must be {param.dtype}{param.shape}, got {leaf.dtype}{leaf.shape}")
+    by_path = {param.path: leaf for param, leaf in zip(params, leaves, strict=True)}
+    tensors = []
+    for path, pieces in _pieces(config, num_shards).items():
+        for key, group in itertools.groupby(pieces, lambda piece: piece.key):
+            parts = tuple(group)
+            tensors.append(TensorToWrite(key, parts[0].shape, functools.partial(_fetch, by_path[path], parts)))
+    hf_config = config.to_hf_dict()
+    with renamed_when_complete(target) as temporary:
+        write_json(temporary / "config.json", hf_config)
+        write_json(temporary / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
+        write_weights(temporary, config.dtype, tensors, max_shard_bytes)
+        for file in map(pathlib.Path, tokenizer_files):
+            if not file.is_file():
+                raise InputError(f"tokenizer file does not exist: {file}")
+            if (temporary / file.name).exists():
+                raise InputError(f"tokenizer file {file} has the name of another file of the checkpoint")
+            shutil.copyfile(file, temporary / file.name)
+
+
+def _fetch(leaf: jax.Array, pieces: Sequence[_Piece]) -> np.ndarray:
+    """A stored tensor, put together on the host from a leaf's pieces."""
+    tensor = np.empty(pieces[0].shape, leaf.dtype)
+    for piece in pieces:
+        part = leaf[piece.dst]
+        # An array keeps every host copy made of it: copy on the device first, so that the leaf keeps none.
+        host = np.asarray(jnp.copy(leaf) if part is leaf else part)
+        tensor[piece.src] = host.reshape(tensor[piece.src].shape)
+    return tensor
