@@ -356,11 +356,12 @@ def _place_leaf(plan: _LeafPlan, parts: Sequence[np.ndarray]) -> jax.Array:
 
 @functools.cache
 def _converter(dtype: np.dtype, sharding: NamedSharding) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """A jitted cast to ``dtype`` that also says whether the result is finite."""
+    """A jitted cast of finite values to ``dtype`` that also says whether the result is finite."""
 
     def convert(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         converted = leaf.astype(dtype)
-        return converted, jnp.isfinite(converted).all()
+        can_overflow = jnp.finfo(leaf.dtype).max > jnp.finfo(dtype).max
+        return converted, jnp.isfinite(converted).all() if can_overflow else jnp.array(True)
 
     return jax.jit(convert, out_shardings=(sharding, NamedSharding(sharding.mesh, PartitionSpec())))
 

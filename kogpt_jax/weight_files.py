@@ -3,6 +3,7 @@
 Knows keys only as strings; which ones a model has is `checkpoint.py`'s business.
 """
 
+import abc
 import collections
 import concurrent.futures
 import contextlib
@@ -15,7 +16,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,12 +46,13 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 
 
-class WeightFile(Protocol):
+class WeightFile(abc.ABC):
     """An open weight file."""
 
     path: pathlib.Path
     tensors: dict[str, "StoredTensor"]
 
+    @abc.abstractmethod
     def read_rows(self, stored: "StoredTensor", rows: slice, out: np.ndarray) -> None:
         """Fills ``out`` (contiguous, of the stored dtype) with these rows; safe to call from several threads.
 
@@ -74,7 +76,7 @@ class StoredTensor:
         return NUMPY_DTYPES[self.dtype].itemsize * math.prod(self.shape[1:])
 
 
-class _SafetensorsFile:
+class _SafetensorsFile(WeightFile):
     """A ``.safetensors`` file: header checked by the library, tensors read by position.
 
     Plain reads into buffers that are used again, not the library's memory map: page faults read the disk in small steps
@@ -113,7 +115,7 @@ class _SafetensorsFile:
             position += count
 
 
-class _TorchFile:
+class _TorchFile(WeightFile):
     """A ``pytorch_model*.bin`` file, memory-mapped; only tensors are unpickled, never code."""
 
     def __init__(self, path: pathlib.Path):
