@@ -73,6 +73,14 @@ TIE = 1e-5
 VISIBLE_CHANGE = 1e-4
 
 
+def twice_the_oracles_error(oracle_error: float, dtype: str) -> Tolerance:
+    """The rule for 16 bits where the oracle runs in them too: at most twice its own error against f32, plus one ulp."""
+    ulp = {"fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
+    return Tolerance(
+        2 * oracle_error + ulp, f"twice the oracle's own error in {dtype}, {oracle_error:.3g}, plus one ulp."
+    )
+
+
 def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     """The worst row's max |actual - expected| / max |expected|, rows along the last axis; NaN where anything is NaN.
 
