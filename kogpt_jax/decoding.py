@@ -1,0 +1,200 @@
+"""The jitted phases: prefill, the decode loop, and scoring. The only `jax.jit` and `jax.shard_map` around the forward.
+
+A phase takes the leaves of the parameters as one list, because calling a jitted function over a module costs the host
+milliseconds a call, over a list a tenth of one. Steps run in chunks with a trip count that is known when compiling: a loop
+whose end is computed makes the host wait for its predicate every step. So the host looks once per chunk whether all is done.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from kogpt_jax.kv_cache import KVCache, cache_specs
+from kogpt_jax.model import ModelDef
+from kogpt_jax.sampling import RowSampling, sample
+from kogpt_jax.sharding import partition_spec
+
+NO_TOKEN = -1  # stands where a finished row emits nothing
+
+_ROWS = partition_spec(("batch",))
+_ROWS_BY_LEN = partition_spec(("batch", "q_len"))
+_SCALAR = PartitionSpec()
+
+# Positions that meet lm_head together when a whole text is scored: logits take [B, block, V].
+_SCORE_BLOCK = 128
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "tokens", "num_remaining", "ignore_eos", "sampling"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """All that a batch carries from step to step. Donated: the caller's copy is gone after a call."""
+
+    cache: KVCache
+    tokens: Int[Array, " B"]  # the last token of each row, not yet in the cache
+    num_remaining: Int[Array, " B"]  # tokens the row may still get; 0 once it has finished
+    ignore_eos: Bool[Array, " B"]
+    sampling: RowSampling
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "logprobs", "all_done"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What a phase gives to the host: tokens in order, `NO_TOKEN` where a row had finished."""
+
+    tokens: Int[Array, "B steps"]
+    logprobs: Float[Array, "B steps"]
+    all_done: Bool[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache",))
+def prefill(
+    leaves: Sequence[Array],
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    max_new_tokens: Int[Array, " B"],
+    ignore_eos: Bool[Array, " B"],
+    sampling: RowSampling,
+    *,
+    definition: ModelDef,
+    mesh: Mesh,
+) -> tuple[DecodeState, Emitted]:
+    """Reads the prompts into the cache and samples each row's first token.
+
+    Args:
+        leaves: parameters, in the order of ``definition.params``.
+        cache: empty; donated.
+        tokens: prompts, left-aligned; what stands behind a prompt is ignored.
+        lengths: tokens of each prompt, at least 1. A row of ``max_new_tokens`` 0 is padding and emits nothing.
+    """
+
+    def local(
+        leaves: Sequence[Array], state: DecodeState, tokens: Array, lengths: Array
+    ) -> tuple[DecodeState, Emitted]:
+        model = definition.merge(leaves)
+        hidden, cache = model.prefill(tokens, lengths, state.cache)
+        state = dataclasses.replace(state, cache=cache)
+        state, new_tokens, logprobs = _next_token(state, model.logits(hidden), definition)
+        return state, _emitted(new_tokens[:, None], logprobs[:, None], state)
+
+    state = DecodeState(cache, lengths, max_new_tokens, ignore_eos, sampling)
+    specs = _state_specs(definition)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), specs, _ROWS_BY_LEN, _ROWS),
+        out_specs=(specs, _EMITTED_SPECS),
+        check_vma=False,
+    )(list(leaves), state, tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh", "num_steps"), donate_argnames=("state",))
+def decode_loop(
+    leaves: Sequence[Array], state: DecodeState, *, definition: ModelDef, mesh: Mesh, num_steps: int
+) -> tuple[DecodeState, Emitted]:
+    """``num_steps`` decode steps. ``state`` is donated and its cache updated in place."""
+
+    def local(leaves: Sequence[Array], state: DecodeState) -> tuple[DecodeState, Emitted]:
+        model = definition.merge(leaves)
+        batch = state.tokens.shape[0]
+
+        def step(i: Array, carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
+            state, tokens, logprobs = carry
+            num_new = jnp.where(state.num_remaining > 0, 1, 0)
+            hidden, cache = model.decode_step(state.tokens, num_new, state.cache)
+            state = dataclasses.replace(state, cache=cache)
+            state, new_tokens, new_logprobs = _next_token(state, model.logits(hidden), definition)
+            return state, tokens.at[:, i].set(new_tokens), logprobs.at[:, i].set(new_logprobs)
+
+        no_tokens = jnp.full((batch, num_steps), NO_TOKEN, jnp.int32)
+        no_logprobs = jnp.zeros((batch, num_steps), jnp.float32)
+        state, tokens, logprobs = jax.lax.fori_loop(0, num_steps, step, (state, no_tokens, no_logprobs))
+        return state, _emitted(tokens, logprobs, state)
+
+    specs = _state_specs(definition)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), specs),
+        out_specs=(specs, _EMITTED_SPECS),
+        check_vma=False,
+    )(list(leaves), state)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"))
+def all_logits(
+    leaves: Sequence[Array], tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
+) -> Float[Array, "B T V"]:
+    """Logits of every position in f32."""
+
+    def local(leaves: Sequence[Array], tokens: Array) -> Array:
+        model = definition.merge(leaves)
+        return model.logits(model.hidden(tokens))
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(definition.leaf_specs(), _ROWS_BY_LEN), out_specs=_ROWS_BY_LEN, check_vma=False
+    )(list(leaves), tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"))
+def score(
+    leaves: Sequence[Array], tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
+) -> Float[Array, "B T"]:
+    """The log-probability of each token's successor: entry t is that of ``tokens[:, t + 1]``; the last is meaningless."""
+
+    def local(leaves: Sequence[Array], tokens: Array) -> Array:
+        model = definition.merge(leaves)
+        hidden = model.hidden(tokens)
+        targets = jnp.roll(tokens, -1, axis=1)
+
+        blocks = []
+        for start in range(0, tokens.shape[1], _SCORE_BLOCK):
+            logits = model.logits(hidden[:, start : start + _SCORE_BLOCK])
+            target = targets[:, start : start + _SCORE_BLOCK, None]
+            chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+            blocks.append(chosen - jax.nn.logsumexp(logits, axis=-1))
+        return jnp.concatenate(blocks, axis=1)
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(definition.leaf_specs(), _ROWS_BY_LEN), out_specs=_ROWS_BY_LEN, check_vma=False
+    )(list(leaves), tokens)
+
+
+def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tuple[DecodeState, Array, Array]:
+    """Samples for the running rows and counts them down; the state's cache already holds the token before."""
+    is_running = state.num_remaining > 0
+    tokens, logprobs = sample(logits, state.sampling, state.cache.lengths)
+    eos_token_ids = jnp.array(definition.config.eos_token_ids, jnp.int32)
+    is_eos = jnp.any(tokens[:, None] == eos_token_ids, axis=-1) & ~state.ignore_eos
+    num_remaining = jnp.where(is_running & ~is_eos, state.num_remaining - 1, 0)
+    state = dataclasses.replace(
+        state, tokens=jnp.where(is_running, tokens, state.tokens), num_remaining=num_remaining
+    )
+    return state, jnp.where(is_running, tokens, NO_TOKEN), jnp.where(is_running, logprobs, 0.0)
+
+
+def _emitted(tokens: Array, logprobs: Array, state: DecodeState) -> Emitted:
+    num_running = jax.lax.psum(jnp.sum(state.num_remaining > 0), "data")
+    return Emitted(tokens, logprobs, num_running == 0)
+
+
+def _state_specs(definition: ModelDef) -> DecodeState:
+    return DecodeState(
+        cache=cache_specs(definition.config.num_layers),
+        tokens=_ROWS,
+        num_remaining=_ROWS,
+        ignore_eos=_ROWS,
+        sampling=RowSampling(_ROWS, _ROWS, _ROWS, _ROWS, _ROWS),
+    )
+
+
+_EMITTED_SPECS = Emitted(tokens=_ROWS_BY_LEN, logprobs=_ROWS_BY_LEN, all_done=_SCALAR)

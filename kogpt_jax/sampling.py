@@ -1,0 +1,128 @@
+"""From logits to one token a row: what a caller asks for, the same as arrays, and the pure function that draws."""
+
+import dataclasses
+import functools
+import math
+import secrets
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+
+from kogpt_jax.errors import InputError
+
+_MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is continued.
+
+    The filters apply in the order top-k, top-p, min-p, after the temperature; each looks at what the one before left, with
+    probabilities made to sum to one again.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0 takes the most likely token; the filters and the seed then play no part
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the most likely tokens until their probabilities reach top_p (Holtzman et al. 2020)
+    min_p: float = 0.0  # keep tokens with at least min_p times the probability of the most likely (Nguyen et al. 2024)
+    seed: int | None = None  # None draws one; the same seed gives the same text in any batch and slot
+    ignore_eos: bool = False  # go on to max_new_tokens (benchmarks)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be at least 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be between 0 and 1, got {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed <= _MAX_SEED:
+            raise InputError(f"seed must be between 0 and {_MAX_SEED}, got {self.seed}")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["temperature", "top_k", "top_p", "min_p", "seed"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """`SamplingParams` of a batch, an array per parameter."""
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    seed: UInt[Array, " B"]
+
+    @classmethod
+    def from_params(cls, rows: Sequence[SamplingParams]) -> "RowSampling":
+        """Stacks the rows' parameters; a row without a seed gets one of the system's entropy."""
+        seeds = [secrets.randbelow(_MAX_SEED + 1) if row.seed is None else row.seed for row in rows]
+        return cls(
+            temperature=jnp.asarray(np.array([row.temperature for row in rows], np.float32)),
+            top_k=jnp.asarray(np.array([row.top_k for row in rows], np.int32)),
+            top_p=jnp.asarray(np.array([row.top_p for row in rows], np.float32)),
+            min_p=jnp.asarray(np.array([row.min_p for row in rows], np.float32)),
+            seed=jnp.asarray(np.array(seeds, np.uint32)),
+        )
+
+
+def sample(
+    logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws a token a row.
+
+    Args:
+        logits: f32.
+        rows: the parameters of each row.
+        positions: where in its sequence the new token will stand. The random key is a function of the row's seed and this
+            position only, so that a request's text does not depend on its slot or its neighbours.
+
+    Returns:
+        The tokens, and their log-probabilities under the model itself (before temperature and filters).
+    """
+    with jax.named_scope("sample"):
+        most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # A batch of greedy rows skips the sort and the random numbers.
+        drawn = jax.lax.cond(
+            jnp.any(rows.temperature > 0), lambda: _draw(logits, rows, positions), lambda: most_likely
+        )
+        tokens = jnp.where(rows.temperature > 0, drawn, most_likely)
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+        return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _draw(logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Gumbel-max over the tokens that the filters keep: argmax(logits + g) is distributed as softmax(logits)."""
+    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    kept = jnp.where(scaled >= keep_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
+
+    def noise(seed: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (logits.shape[-1],), jnp.float32)
+
+    return jnp.argmax(kept + jax.vmap(noise)(rows.seed, positions), axis=-1).astype(jnp.int32)
+
+
+def keep_threshold(scaled: Float[Array, "B V"], rows: RowSampling) -> Float[Array, " B"]:
+    """The smallest scaled logit that top-k, top-p and min-p keep. Tokens that tie with it are kept too."""
+    vocab_size = scaled.shape[-1]
+    descending = -jnp.sort(-scaled, axis=-1)
+    rank = jnp.arange(vocab_size)
+    num_kept = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab_size), vocab_size)
+    probs = jax.nn.softmax(jnp.where(rank < num_kept[:, None], descending, -jnp.inf), axis=-1)
+    mass_before = jnp.cumsum(probs, axis=-1) - probs
+    # A token stays while those before it have not reached top_p; top_p = 1 keeps all, whatever the sum's rounding.
+    in_nucleus = (mass_before < rows.top_p[:, None]) | (rows.top_p[:, None] >= 1)
+    num_kept = jnp.minimum(num_kept, jnp.sum(in_nucleus, axis=-1))
+    last_kept = jnp.take_along_axis(descending, jnp.maximum(num_kept, 1)[:, None] - 1, axis=-1)[:, 0]
+    return jnp.maximum(last_kept, descending[:, 0] + jnp.log(rows.min_p))
