@@ -9,6 +9,7 @@ where ours is slower anywhere or the text differs.
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -72,8 +73,8 @@ def measure(generate: Callable[[list[list[int]], int], list[list[int]]], workloa
     results = []
     for batch in workload.batches:
         prompts = workload.prompts[:batch]
-        first_ms, _ = median_ms(lambda prompts=prompts: generate(prompts, 1), workload.repeats)
-        total_ms, all_ms = median_ms(lambda prompts=prompts: generate(prompts, workload.new_tokens), workload.repeats)
+        first_ms, _ = median_ms(functools.partial(generate, prompts, 1), workload.repeats)
+        total_ms, all_ms = median_ms(functools.partial(generate, prompts, workload.new_tokens), workload.repeats)
         results.append(
             {
                 "batch": batch,

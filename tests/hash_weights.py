@@ -56,7 +56,9 @@ def hash_uint64(name: str, count: int) -> np.ndarray:
 def hash_normal(name: str, shape: tuple[int, ...], mean: float, std: float) -> np.ndarray:
     """f32 values, nearly normal: the four 16-bit parts of a hash, summed, have variance (2^32 - 1) / 3."""
     h = hash_uint64(name, math.prod(shape))
-    total = sum(((h >> np.uint64(16 * part)) & np.uint64(0xFFFF)).astype(np.int32) for part in range(4))
+    total = np.zeros(h.shape, np.int32)
+    for shift in (0, 16, 32, 48):
+        total += ((h >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int32)
     # Exact up to here: 19-bit integers around zero. sqrt, division and the f32 operations are correctly rounded.
     centred = (total - 2 * 65535).astype(np.float32)
     return (centred * np.float32(std * math.sqrt(3.0) / 65536) + np.float32(mean)).reshape(shape)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 import tempfile
+from typing import Any
 
 import numpy as np
 import tolerances
@@ -56,12 +57,12 @@ def greedy(
     }
 
 
-def make(case: GoldenCase) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+def make(case: GoldenCase) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays of one golden and its entry in the manifest; refuses a golden that would show little."""
     with tempfile.TemporaryDirectory() as scratch:
         digest = case.write(pathlib.Path(scratch))
         model = load(pathlib.Path(scratch))
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     distinct, smallest_gap, ends, stds, entropies = [], np.inf, [], [], []
     for index, prompt in enumerate(case.prompts()):
         output = model(torch.tensor([prompt]), output_attentions=True)
@@ -103,7 +104,7 @@ def make(case: GoldenCase) -> tuple[dict[str, np.ndarray], dict[str, object]]:
 def main() -> None:
     torch.set_num_threads(1)  # one order of summation
     GOLDENS.mkdir(exist_ok=True)
-    manifest: dict[str, object] = {
+    manifest: dict[str, Any] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
