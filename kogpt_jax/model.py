@@ -26,7 +26,7 @@ from kogpt_jax.kv_cache import KVCache
 from kogpt_jax.sharding import named_sharding, partition_spec
 
 # Longer prompts attend in blocks of this many queries, so that scores take [B, N, block, T] and not [B, N, T, T].
-_QUERY_BLOCK = 512
+QUERY_BLOCK = 512
 
 # From a layer's local q, k, v to attention's output and what the phase keeps of the layer: its updated pages, or nothing.
 Attend = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
@@ -215,8 +215,8 @@ def causal_attention(
     """Each query attends to its own and earlier positions; scores and softmax in f32."""
     q_len = q.shape[1]
     outputs = []
-    for start in range(0, q_len, _QUERY_BLOCK):
-        stop = min(start + _QUERY_BLOCK, q_len)  # later keys are masked for the whole block: leave them out
+    for start in range(0, q_len, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q_len)  # later keys are masked for the whole block: leave them out
         scores = _product("btnh,bsnh->bnts", q[:, start:stop], k[:, :stop]) / math.sqrt(q.shape[-1])
         is_visible = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
         probs = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf), axis=-1)

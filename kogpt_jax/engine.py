@@ -1,0 +1,465 @@
+"""`KoGPT`: a loaded model that continues and scores text. The only stateful class, and the state is fixed once loaded.
+
+A call becomes batches of rows; a batch becomes one `prefill` and as many chunks of `decode_loop` as its longest row needs.
+Batch sizes, prompt lengths and cache capacities are rounded up to powers of two, so that a new length meets a program that
+is compiled already.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from jax.sharding import Mesh
+
+from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, runtime, sharding
+from kogpt_jax.config import DTYPES, Dtype, ModelConfig
+from kogpt_jax.decoding import NO_TOKEN, Emitted
+from kogpt_jax.errors import InputError
+from kogpt_jax.sampling import RowSampling, SamplingParams
+from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+# Steps between two looks of the host at the tokens. A batch computes at most this many steps, less one, that nobody needs.
+STEPS_PER_CHUNK = 8
+_SMALLEST_PROMPT_BUCKET = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """The continuation of one prompt."""
+
+    text: str | None  # what follows the prompt, without special tokens; None where there is no tokenizer
+    token_ids: tuple[int, ...]  # with the end-of-text token, if one was sampled
+    logprobs: tuple[float, ...]  # of each token, under the model before temperature and filters
+    finish_reason: FinishReason  # "stop": end-of-text sampled; "length": max_new_tokens or the context reached
+    usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamEvent:
+    """New text of one prompt. ``finish_reason`` is set on the prompt's last event."""
+
+    index: int  # which prompt
+    text: str | None
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely the model finds a text."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]  # of each token after those before it; None for the first, which has none before
+    perplexity: float  # exp of the mean negative log-probability of all tokens but the first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """One prompt under way."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    max_new_tokens: int  # what params ask for, or less where the context ends before
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewTokens:
+    """What a chunk added to one request."""
+
+    request: _Request
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason | None
+
+
+class KoGPT:
+    """A GPT-J-architecture model with its tokenizer, on a mesh of devices.
+
+        model = KoGPT.from_pretrained("demo")
+        print(model.generate("이 영화는")[0].text)
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        leaves: Sequence[jax.Array],
+        mesh: Mesh,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_batch_size: int = 64,
+    ):
+        """For callers that hold leaves already; others use `from_pretrained`.
+
+        Args:
+            config: of the model.
+            leaves: parameters in the order of ``model_def(config, mesh.shape["tensor"]).params``.
+            mesh: from `sharding.make_mesh`.
+            tokenizer: None leaves the token-id level only.
+            max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
+        """
+        if max_batch_size < 1:
+            raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        if tokenizer is not None and tokenizer.eos_id is not None and tokenizer.eos_id not in config.eos_token_ids:
+            # Published GPT-J configs carry eos 50256 from the defaults, a plain word elsewhere: the tokenizer knows better.
+            config = dataclasses.replace(config, eos_token_ids=(tokenizer.eos_id,))
+        self.config = config
+        self.mesh = mesh
+        self.tokenizer = tokenizer
+        self.max_batch_size = max_batch_size
+        self._leaves = list(leaves)
+        self._definition = model.model_def(config, mesh.shape["tensor"])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: Dtype | None = None,
+        quant: str | None = None,
+        kv_dtype: str | None = None,
+        mesh: str = "d1p1t1",
+        max_batch_size: int = 64,
+        progress: bool = False,
+    ) -> "KoGPT":
+        """Loads a Hugging Face directory, or the shipped model ``"demo"``.
+
+        Args:
+            path: a directory with ``config.json``, weights and usually a tokenizer; ``"demo"`` is the shipped model (write
+                ``./demo`` for a directory of that name).
+            dtype: "fp32", "fp16" or "bf16"; None keeps the dtype of the stored weights.
+            quant: must be None, quantised weights are not supported yet.
+            kv_dtype: must be None, the cache has the model's dtype.
+            mesh: "d1p1t1", others are not supported yet.
+            max_batch_size: rows that run together at most.
+            progress: show a progress bar while loading, if stderr is a terminal.
+
+        Raises:
+            InputError: an unsupported argument, or anything wrong with the files; the message names it.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if quant is not None:
+            raise InputError(f"quant {quant!r} is not supported yet, only None")
+        if kv_dtype is not None:
+            raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
+        extents = sharding.parse_mesh(mesh)
+        runtime.configure()
+        directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
+        config = checkpoint.load_config(directory, dtype=dtype)
+        tokenizer_file = find_tokenizer(directory)
+        tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise InputError(
+                f"{tokenizer_file} has {tokenizer.vocab_size} tokens, more than vocab_size {config.vocab_size} of the model"
+            )
+        device_mesh = sharding.make_mesh(*extents)
+        leaves = checkpoint.load_leaves(directory, config, device_mesh, progress=progress)
+        return cls(config, leaves, device_mesh, tokenizer, max_batch_size=max_batch_size)
+
+    @classmethod
+    def from_random(
+        cls, config: ModelConfig, *, seed: int = 0, mesh: str = "d1p1t1", max_batch_size: int = 64
+    ) -> "KoGPT":
+        """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
+        extents = sharding.parse_mesh(mesh)
+        runtime.configure()
+        device_mesh = sharding.make_mesh(*extents)
+        leaves = model.random_leaves(config, device_mesh, seed=seed)
+        return cls(config, leaves, device_mesh, max_batch_size=max_batch_size)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Writes a Hugging Face directory that transformers and `from_pretrained` read, tokenizer included.
+
+        Raises:
+            InputError: the directory exists and is not empty, or cannot be written.
+        """
+        checkpoint.save_pretrained(
+            directory,
+            self.config,
+            self._leaves,
+            num_shards=self.mesh.shape["tensor"],
+            max_shard_bytes=max_shard_bytes,
+            tokenizer_files=() if self.tokenizer is None else self.tokenizer.files,
+        )
+
+    def generate(
+        self, prompts: str | Sequence[str], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continues each prompt.
+
+        Args:
+            prompts: one text or several.
+            params: for all prompts or one for each; None is greedy, 64 tokens.
+
+        Returns:
+            A completion for each prompt, in order.
+
+        Raises:
+            InputError: no prompt, an empty one, one longer than the context, or no tokenizer.
+        """
+        return self.generate_ids(self._encode_prompts(prompts), params)
+
+    def generate_ids(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """`generate` from token ids; the completions have text where there is a tokenizer."""
+        requests = self._requests(prompt_ids, params)
+        token_ids: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        reasons: dict[int, FinishReason] = {}
+        for new in self._run(requests):
+            token_ids[new.request.index] += new.token_ids
+            logprobs[new.request.index] += new.logprobs
+            if new.finish_reason is not None:
+                reasons[new.request.index] = new.finish_reason
+        return [
+            Completion(
+                text=self.tokenizer and self.tokenizer.decode_continuation(request.prompt_ids, token_ids[index]),
+                token_ids=tuple(token_ids[index]),
+                logprobs=tuple(logprobs[index]),
+                finish_reason=reasons[index],
+                usage=Usage(len(request.prompt_ids), len(token_ids[index])),
+            )
+            for index, request in enumerate(requests)
+        ]
+
+    def stream(
+        self, prompts: str | Sequence[str], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[StreamEvent]:
+        """`generate`, event by event. The texts of a prompt's events, joined, are its completion's text."""
+        return self.stream_ids(self._encode_prompts(prompts), params)
+
+    def stream_ids(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """`stream` from token ids."""
+        requests = self._requests(prompt_ids, params)  # here and not in the generator: errors come with the call
+        return self._stream(requests)
+
+    def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
+        """Logits in f32 of every position of one sequence."""
+        tokens, _ = self._pad([self._checked_ids(0, token_ids)])
+        logits = decoding.all_logits(self._leaves, tokens, definition=self._definition, mesh=self.mesh)
+        return np.asarray(logits[0, : len(token_ids)])
+
+    def score(self, texts: str | Sequence[str]) -> list[Score]:
+        """Log-probabilities and perplexity of texts.
+
+        Raises:
+            InputError: no text, one of fewer than two tokens or longer than the context, or no tokenizer.
+        """
+        return self.score_ids(self._encode_prompts(texts))
+
+    def score_ids(self, token_ids: Sequence[Sequence[int]]) -> list[Score]:
+        """`score` of token ids."""
+        if not len(token_ids):
+            raise InputError("prompts is empty: nothing to score")
+        rows = [self._checked_ids(index, ids) for index, ids in enumerate(token_ids)]
+        for index, ids in enumerate(rows):
+            if len(ids) < 2:
+                raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
+        scores: list[Score | None] = [None] * len(rows)
+        for group in self._batches(range(len(rows)), [len(ids) for ids in rows], [0] * len(rows)):
+            tokens, _ = self._pad([rows[index] for index in group])
+            logprobs = np.asarray(decoding.score(self._leaves, tokens, definition=self._definition, mesh=self.mesh))
+            for slot, index in enumerate(group):
+                row = logprobs[slot, : len(rows[index]) - 1].astype(np.float64)
+                scores[index] = Score(rows[index], (None, *row.tolist()), math.exp(-row.mean()))
+        return [score for score in scores if score is not None]
+
+    def _encode_prompts(self, prompts: str | Sequence[str]) -> list[list[int]]:
+        if self.tokenizer is None:
+            raise InputError("the model directory has no tokenizer: use generate_ids, stream_ids or score_ids")
+        return [self.tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+
+    def _checked_ids(self, index: int, token_ids: Sequence[int]) -> tuple[int, ...]:
+        ids = tuple(int(token_id) for token_id in token_ids)
+        if not ids:
+            raise InputError(f"prompt {index} is empty")
+        if len(ids) > self.config.max_len:
+            raise InputError(f"prompt {index} has {len(ids)} tokens, more than the context of {self.config.max_len}")
+        for token_id in ids:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise InputError(f"prompt {index} holds token {token_id}, outside vocab_size {self.config.vocab_size}")
+        return ids
+
+    def _requests(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[_Request]:
+        if not len(prompt_ids):
+            raise InputError("prompts is empty: nothing to generate")
+        if params is None:
+            params = SamplingParams()
+        rows = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else list(params)
+        if len(rows) != len(prompt_ids):
+            raise InputError(f"params must be one or one for each prompt, got {len(rows)} for {len(prompt_ids)} prompts")
+        requests = []
+        for index, (token_ids, row) in enumerate(zip(prompt_ids, rows, strict=True)):
+            ids = self._checked_ids(index, token_ids)
+            # The last token sampled is never read, so one more than the free places of the context.
+            max_new_tokens = min(row.max_new_tokens, self.config.max_len - len(ids) + 1)
+            requests.append(_Request(index, ids, row, max_new_tokens))
+        return requests
+
+    def _stream(self, requests: Sequence[_Request]) -> Iterator[StreamEvent]:
+        decoders: dict[int, IncrementalDecoder] = {}
+        for new in self._run(requests):
+            text = None
+            if self.tokenizer is not None:
+                index = new.request.index
+                decoder = decoders.setdefault(index, IncrementalDecoder(self.tokenizer, new.request.prompt_ids))
+                text = decoder.push(new.token_ids) + (decoder.flush() if new.finish_reason is not None else "")
+            yield StreamEvent(new.request.index, text, new.token_ids, new.finish_reason)
+
+    def _run(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
+        """Runs all requests, batch after batch."""
+        prompt_lens = [len(request.prompt_ids) for request in requests]
+        new_lens = [request.max_new_tokens for request in requests]
+        for group in self._batches(range(len(requests)), prompt_lens, new_lens):
+            yield from self._run_batch([requests[index] for index in group])
+
+    def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
+        num_emitted = [0] * len(requests)
+        finished: set[int] = set()
+        for emitted in self._dispatch(requests):
+            tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
+            for slot, request in enumerate(requests):
+                count = int(np.sum(tokens[slot] != NO_TOKEN))
+                if slot in finished or count == 0:
+                    continue
+                token_ids = tuple(tokens[slot, :count].tolist())
+                if not np.isfinite(logprobs[slot, :count]).all():
+                    raise FloatingPointError(
+                        f"prompt {request.index}: the logits are not finite after {num_emitted[slot]} tokens "
+                        f"(dtype {self.config.dtype}; fp16 can overflow where bf16 and fp32 do not)"
+                    )
+                num_emitted[slot] += count
+                reason = self._finish_reason(request, token_ids[-1], num_emitted[slot])
+                if reason is not None:
+                    finished.add(slot)
+                yield _NewTokens(request, token_ids, tuple(logprobs[slot, :count].tolist()), reason)
+
+    def _finish_reason(self, request: _Request, last_token: int, num_emitted: int) -> FinishReason | None:
+        if last_token in self.config.eos_token_ids and not request.params.ignore_eos:
+            return "stop"
+        return "length" if num_emitted == request.max_new_tokens else None
+
+    def _dispatch(self, requests: Sequence[_Request]) -> Iterator[Emitted]:
+        """Prefill and chunks of a batch. On a GPU the next chunk is under way before the host looks at the last one."""
+        tokens, lengths = self._pad([request.prompt_ids for request in requests])
+        batch = tokens.shape[0]
+        padding = [SamplingParams()] * (batch - len(requests))
+        max_new_tokens = np.zeros(batch, np.int32)
+        max_new_tokens[: len(requests)] = [request.max_new_tokens for request in requests]
+        params = [request.params for request in requests] + padding
+        capacity = self._capacity([(len(request.prompt_ids), request.max_new_tokens) for request in requests])
+        static = {"definition": self._definition, "mesh": self.mesh}
+        state, emitted = decoding.prefill(
+            self._leaves,
+            kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity),
+            tokens,
+            lengths,
+            jnp.asarray(max_new_tokens),
+            jnp.asarray(np.array([row.ignore_eos for row in params])),
+            RowSampling.from_params(params),
+            **static,
+        )
+        # On a CPU a chunk that turns out not to be needed would cost more than the wait.
+        num_in_flight = 1 if self.mesh.devices.flat[0].platform == "cpu" else 2
+        most = int(max_new_tokens.max())
+        num_dispatched = 1
+        under_way = collections.deque([emitted])
+        while True:
+            while num_dispatched < most and len(under_way) < num_in_flight:
+                state, emitted = decoding.decode_loop(self._leaves, state, num_steps=STEPS_PER_CHUNK, **static)
+                under_way.append(emitted)
+                num_dispatched += STEPS_PER_CHUNK
+            if not under_way:
+                return
+            emitted = under_way.popleft()
+            yield emitted
+            if emitted.all_done:
+                return
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+        """Left-aligned tokens and lengths, both axes rounded up to their buckets; a padding row holds one token."""
+        q_len = min(_bucket(max(len(row) for row in rows), _SMALLEST_PROMPT_BUCKET), self.config.max_len)
+        batch = _bucket(len(rows), self.mesh.shape["data"])
+        tokens = np.zeros((batch, q_len), np.int32)
+        lengths = np.ones(batch, np.int32)
+        for slot, row in enumerate(rows):
+            tokens[slot, : len(row)] = row
+            lengths[slot] = len(row)
+        return tokens, lengths
+
+    def _capacity(self, lens: Sequence[tuple[int, int]]) -> int:
+        """Tokens a row of the cache must hold, in whole pages; the last token of a row is never stored."""
+        longest = max(prompt_len + new_len - 1 for prompt_len, new_len in lens)
+        most = kv_cache.pages_per_row(self.config.max_len) * kv_cache.PAGE_LEN
+        return min(_bucket(longest, kv_cache.PAGE_LEN), most)
+
+    def _batches(
+        self, indices: Sequence[int], prompt_lens: Sequence[int], new_lens: Sequence[int]
+    ) -> Iterator[list[int]]:
+        """Groups rows into batches that fit the device; longest prompts first, so that like rows pad one another little."""
+        order = sorted(indices, key=lambda index: prompt_lens[index], reverse=True)
+        while order:
+            size = self.max_batch_size
+            while True:
+                group = order[:size]
+                needed = self._batch_bytes([(prompt_lens[index], new_lens[index]) for index in group])
+                free = self._free_bytes()
+                if needed <= free:
+                    break
+                if len(group) == 1:
+                    raise InputError(
+                        f"prompt {group[0]} of {prompt_lens[group[0]]} tokens with {new_lens[group[0]]} new ones needs "
+                        f"{needed / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} GiB are free"
+                    )
+                size = len(group) // 2
+            yield group
+            order = order[size:]
+
+    def _batch_bytes(self, lens: Sequence[tuple[int, int]]) -> int:
+        """Device memory a batch needs beside the weights: its cache, and the largest activations of prefill."""
+        config = self.config
+        batch = _bucket(len(lens), self.mesh.shape["data"])
+        q_len = _bucket(max(prompt_len for prompt_len, _ in lens), _SMALLEST_PROMPT_BUCKET)
+        cache = batch * kv_cache.cache_bytes_per_row(config, self._capacity(lens))
+        # A layer's products in the model's dtype, residual stream and scores of one block of queries in f32.
+        widths = (4 * config.model_dim + 2 * config.ffn_dim) * config.jax_dtype.itemsize + 3 * config.model_dim * 4
+        scores = 2 * config.num_heads * min(q_len, model.QUERY_BLOCK) * q_len * 4
+        return cache + batch * (q_len * widths + scores + 2 * config.vocab_size * 4)
+
+    def _free_bytes(self) -> float:
+        """Memory left on the fullest device; unlimited where the platform does not say (CPU)."""
+        stats = [device.memory_stats() for device in self.mesh.local_devices]
+        return min((s["bytes_limit"] - s["bytes_in_use"] if s else math.inf for s in stats), default=math.inf)
+
+
+def _bucket(size: int, smallest: int) -> int:
+    """The least power of two times ``smallest`` that is at least ``size``."""
+    return smallest * 2 ** max(0, math.ceil(math.log2(size / smallest)))
