@@ -100,13 +100,19 @@ def measure_disk(directory: str) -> dict[str, float]:
 
 
 class HostMemory:
-    """Samples this process's anonymous memory, and what of it is not in the arrays that JAX holds on CPU devices."""
+    """Samples this process's anonymous memory, and what of it is not in arrays on CPU devices.
 
-    def __init__(self, interval_s: float = 0.005):
+    Args:
+        dtype: count arrays of this dtype only, as those that are kept.
+        interval_s: time between two samples.
+    """
+
+    def __init__(self, dtype: np.dtype, interval_s: float = 0.005):
+        self._dtype = dtype
         self._interval_s = interval_s
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._array_bytes = live_array_bytes()
+        self._array_bytes = live_array_bytes(dtype)
         self.baseline_bytes = anonymous_bytes()
         self.peak_bytes = 0  # above the baseline
         self.peak_beyond_arrays_bytes = 0  # above the baseline and the arrays alive at that moment
@@ -123,7 +129,7 @@ class HostMemory:
     def _sample(self) -> None:
         while not self._is_over.wait(self._interval_s):
             # Arrays first: one that appears in between counts as unexplained, never the other way round.
-            arrays = live_array_bytes() - self._array_bytes
+            arrays = live_array_bytes(self._dtype) - self._array_bytes
             above = anonymous_bytes() - self.baseline_bytes
             self.peak_bytes = max(self.peak_bytes, above)
             self.peak_beyond_arrays_bytes = max(self.peak_beyond_arrays_bytes, above - arrays)
@@ -135,8 +141,8 @@ def anonymous_bytes() -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
 
-def live_array_bytes() -> int:
-    return sum(array.nbytes for array in jax.live_arrays("cpu"))
+def live_array_bytes(dtype: np.dtype) -> int:
+    return sum(array.nbytes for array in jax.live_arrays("cpu") if array.dtype == dtype)
 
 
 def touch_memory(num_bytes: int) -> float:
@@ -154,9 +160,9 @@ def measure_load(directory: str, dtype: Dtype | None = None) -> dict[str, float]
     """Loads the checkpoint once in this process."""
     mesh = make_mesh()
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))  # the backend is up before the clock starts
-    with HostMemory() as memory:
+    config = checkpoint.load_config(directory, dtype=dtype)
+    with HostMemory(config.jax_dtype) as memory:
         start = time.perf_counter()
-        config = checkpoint.load_config(directory, dtype=dtype)
         leaves = checkpoint.load_leaves(directory, config, mesh)
         seconds = time.perf_counter() - start
     on_host = jax.default_backend() == "cpu"

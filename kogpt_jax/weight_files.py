@@ -200,6 +200,8 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {one_line(error)}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise InputError(f"{path} has no weight_map")
