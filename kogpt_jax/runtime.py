@@ -1,0 +1,104 @@
+"""Process-wide settings: the one place that makes them and the one place that reads environment variables.
+
+| what                       | set to                    | left alone when the user has set                                   |
+|----------------------------|---------------------------|--------------------------------------------------------------------|
+| XLA_CLIENT_MEM_FRACTION    | .92                       | it, or its older name XLA_PYTHON_CLIENT_MEM_FRACTION               |
+| jax_compilation_cache_dir  | ``cache_dir() / "xla"``   | it, JAX_COMPILATION_CACHE_DIR, or jax_enable_compilation_cache off |
+| jax_persistent_cache_min_* | 0 seconds, 0 bytes        | it, or the folder above                                            |
+
+They count from the start of JAX's backend on, that is from the first JAX operation of the process: ``configure`` comes before it.
+"""
+
+import logging
+import os
+import pathlib
+import tempfile
+from typing import Literal, NamedTuple
+
+import jax
+import platformdirs
+
+# Weights, cache and XLA's workspace live in XLA's own pool; 8 % stay for the CUDA context, cuDNN and NCCL (XLA's default: 25 %).
+_MEM_FRACTION = ".92"
+# XLA refuses to start when both names are set, so the older one counts as a choice of the user's too.
+_MEM_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+# JAX keeps only programs that took a second to compile. Here the second start shall compile nothing at all: on a CPU even the
+# small model is dozens of programs below that. 0 bytes is JAX's own default: keep entries of every size.
+_CACHE_THRESHOLDS = (
+    ("jax_persistent_cache_min_compile_time_secs", 1.0, 0.0),
+    ("jax_persistent_cache_min_entry_size_bytes", 0, 0),
+)
+
+_logger = logging.getLogger("kogpt_jax")
+_settings: tuple["Setting", ...] | None = None
+
+
+class Setting(NamedTuple):
+    """One process-wide setting, as ``kogpt info`` prints it."""
+
+    name: str
+    value: str
+    origin: Literal["user", "kogpt_jax", "jax"]  # who chose the value; "jax": nobody did, it is JAX's default
+
+
+def cache_dir() -> pathlib.Path:
+    """The user's folder for what can be made anew: ``KOGPT_CACHE_DIR``, else the platform's cache folder. It may not exist."""
+    override = os.environ.get("KOGPT_CACHE_DIR")
+    return pathlib.Path(override).expanduser() if override else platformdirs.user_cache_path("kogpt_jax")
+
+
+def configure() -> None:
+    """Makes the process-wide settings that the user has not made. Only the first call of a process does anything.
+
+    A cache folder that cannot be written is no error: one warning names it and the process goes on without a cache.
+    """
+    global _settings
+    if _settings is None:
+        _settings = (_set_mem_fraction(), *_set_compilation_cache())
+
+
+def settings() -> tuple[Setting, ...]:
+    """What is in force and who chose it, made by ``configure`` if that has not run yet."""
+    configure()
+    assert _settings is not None
+    return _settings
+
+
+def _set_mem_fraction() -> Setting:
+    for name in _MEM_FRACTION_NAMES:
+        if value := os.environ.get(name):
+            return Setting(name, value, "user")
+    os.environ[_MEM_FRACTION_NAMES[0]] = _MEM_FRACTION
+    return Setting(_MEM_FRACTION_NAMES[0], _MEM_FRACTION, "kogpt_jax")
+
+
+def _set_compilation_cache() -> tuple[Setting, ...]:
+    """Switches on JAX's persistent compilation cache, unless the user has chosen a folder or switched it off."""
+    name = "jax_compilation_cache_dir"
+    if not jax.config.jax_enable_compilation_cache:
+        return (Setting("jax_enable_compilation_cache", "False", "user"),)
+    if (chosen := jax.config.jax_compilation_cache_dir) is not None:
+        return (Setting(name, str(chosen), "user"),)
+    folder = cache_dir() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Only a file that was really made shows that the folder can be written: root passes every permission check, and
+        # a read-only file system fails for everybody.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        _logger.warning("compiled programs are not kept: %s cannot be written (%s)", folder, error.strerror)
+        return (Setting(name, "off, folder cannot be written", "kogpt_jax"),)
+    jax.config.update(name, str(folder))
+    origin: Literal["user", "kogpt_jax"] = "user" if os.environ.get("KOGPT_CACHE_DIR") else "kogpt_jax"
+    return (Setting(name, str(folder), origin), *(_set_threshold(*threshold) for threshold in _CACHE_THRESHOLDS))
+
+
+def _set_threshold(name: str, default: float, wanted: float) -> Setting:
+    value = getattr(jax.config, name)
+    if name.upper() in os.environ or value != default:
+        return Setting(name, str(value), "user")
+    if value != wanted:
+        jax.config.update(name, wanted)
+        return Setting(name, str(wanted), "kogpt_jax")
+    return Setting(name, str(value), "jax")

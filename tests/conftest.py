@@ -1,0 +1,75 @@
+"""Set-up of a test run: the device, the cache folder, and what a run that asks for a GPU or the oracle must have."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+import hypothesis
+import jaxtyping
+import pytest
+
+# Shapes, dtypes and types of every signature are checked, in tests only. Before the package's first import.
+jaxtyping.install_import_hook("kogpt_jax", "typechecking.check")
+
+# Compiling inside an example is slow the first time, and the same examples in every run keep CI reproducible.
+hypothesis.settings.register_profile("kogpt", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("kogpt")
+
+_MUST_RUN = ("gpu", "multigpu", "oracle")
+_cache_folder = pytest.StashKey[pathlib.Path]()
+
+
+def _selects(config: pytest.Config, marker: str) -> bool:
+    """Whether ``-m`` asks for tests with this marker: it names it without ``not``, or it is empty."""
+    expression = config.getoption("markexpr")
+    return not expression or re.search(rf"(?<!not )\b{marker}\b", expression) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # JAX reads JAX_PLATFORMS when it is imported, which is later: conftest files and plugins leave that to the test modules.
+    if not (_selects(config, "gpu") or _selects(config, "multigpu")):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    # Neither this process nor the ones that tests start touch the user's own cache; within a run they share one.
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="kogpt-test-cache-"))
+    config.stash[_cache_folder] = folder
+    os.environ["KOGPT_CACHE_DIR"] = str(folder)
+    if _selects(config, "oracle"):
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise pytest.UsageError(f"-m oracle needs {package}: pip install .[oracle], or make oracle")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _cache_folder in config.stash:
+        shutil.rmtree(config.stash[_cache_folder], ignore_errors=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
+    if needed:
+        import jax
+
+        found = jax.device_count() if jax.default_backend() == "gpu" else 0
+        if found < needed:
+            pytest.fail(f"needs {needed} GPU(s), JAX sees {found}", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """A test that was asked for by its marker and skipped itself has shown nothing: that is a failure."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and any(map(item.get_closest_marker, _MUST_RUN)):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in a run that asked for it: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runtime() -> None:
+    """The compilation cache is on from the first test, whichever that is. Imported here: the type checker's hook comes first."""
+    from kogpt_jax import runtime
+
+    runtime.configure()
