@@ -8,6 +8,7 @@ whose end is computed makes the host wait for its predicate every step. So the h
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ from kogpt_jax.sharding import partition_spec
 
 NO_TOKEN = -1  # stands where a finished row emits nothing
 
-_ROWS = partition_spec(("batch",))
-_ROWS_BY_LEN = partition_spec(("batch", "q_len"))
-_SCALAR = PartitionSpec()
+# Any: in the structure of a state they stand where it has arrays.
+_ROWS: Any = partition_spec(("batch",))
+_ROWS_BY_LEN: Any = partition_spec(("batch", "q_len"))
+_SCALAR: Any = PartitionSpec()
 
 # Positions that meet lm_head together when a whole text is scored: logits take [B, block, V].
 _SCORE_BLOCK = 128
@@ -35,6 +37,7 @@ _SCORE_BLOCK = 128
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
+@no_type_check  # JAX and `_state_specs` put other things than arrays into the same structure
 class DecodeState:
     """All that a batch carries from step to step. Donated: the caller's copy is gone after a call."""
 
@@ -47,6 +50,7 @@ class DecodeState:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "logprobs", "all_done"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
+@no_type_check  # as `DecodeState`
 class Emitted:
     """What a phase gives to the host: tokens in order, `NO_TOKEN` where a row had finished."""
 

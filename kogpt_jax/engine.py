@@ -16,8 +16,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
 from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, runtime, sharding
 from kogpt_jax.config import DTYPES, Dtype, ModelConfig
@@ -233,9 +233,10 @@ class KoGPT:
             logprobs[new.request.index] += new.logprobs
             if new.finish_reason is not None:
                 reasons[new.request.index] = new.finish_reason
+        tokenizer = self.tokenizer
         return [
             Completion(
-                text=self.tokenizer and self.tokenizer.decode_continuation(request.prompt_ids, token_ids[index]),
+                text=None if tokenizer is None else tokenizer.decode_continuation(request.prompt_ids, token_ids[index]),
                 token_ids=tuple(token_ids[index]),
                 logprobs=tuple(logprobs[index]),
                 finish_reason=reasons[index],

@@ -10,6 +10,7 @@ is valid iff ``j < lengths[b]``. What lies beyond is never read into a result, w
 
 import dataclasses
 import functools
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ _PAGES_AXES = ("pages", "heads", "kv_len", "head_dim")
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "page_table", "lengths"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
+@no_type_check  # JAX and `cache_specs` put other things than arrays into the same structure
 class KVCache:
     """The cache of a batch: one array of pages per layer for keys and one for values."""
 
@@ -42,10 +44,10 @@ class KVCache:
 
 def cache_specs(num_layers: int) -> KVCache:
     """The partition of a cache over the mesh, in the cache's own structure."""
-    pages = (partition_spec(_PAGES_AXES),) * num_layers
-    return KVCache(
-        k=pages, v=pages, page_table=partition_spec(("batch", None)), lengths=partition_spec(("batch",))
-    )
+    pages: Any = (partition_spec(_PAGES_AXES),) * num_layers  # Any: they stand where a cache has arrays
+    page_table: Any = partition_spec(("batch", None))
+    lengths: Any = partition_spec(("batch",))
+    return KVCache(k=pages, v=pages, page_table=page_table, lengths=lengths)
 
 
 def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:

@@ -5,6 +5,7 @@ import functools
 import math
 import secrets
 from collections.abc import Sequence
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ class SamplingParams:
     jax.tree_util.register_dataclass, data_fields=["temperature", "top_k", "top_p", "min_p", "seed"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
+@no_type_check  # JAX puts other things than arrays into the same structure, partitions for one
 class RowSampling:
     """`SamplingParams` of a batch, an array per parameter."""
 
