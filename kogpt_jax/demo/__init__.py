@@ -1,4 +1,4 @@
-"""The shipped demo model: a Hugging Face directory beside the script that made it (`train.py`)."""
+"""The demo model that ships with the package: a directory in Hugging Face layout, and the script that made it."""
 
 import pathlib
 
