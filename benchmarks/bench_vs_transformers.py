@@ -109,6 +109,7 @@ def run_transformers(workload: Workload, variant: str) -> dict[str, Any]:
     model = transformers.GPTJForCausalLM.from_pretrained(
         workload.model_dir, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    model.generation_config.eos_token_id = None  # `generate` falls back to it where its caller says None
 
     def config(new_tokens: int, **options: Any) -> transformers.GenerationConfig:
         return transformers.GenerationConfig(

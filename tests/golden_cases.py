@@ -63,8 +63,8 @@ class GoldenCase:
         return [hash_prompt(self.name, length, self.vocab_size) for length in self.prompt_lengths]
 
     def max_new_tokens(self, prompt_length: int) -> int:
-        """Prompt and completion together fit ``n_positions``."""
-        return min(NEW_TOKENS, self.n_positions - prompt_length)
+        """What fits ``n_positions``; the last token is sampled but never read, so it needs no position."""
+        return min(NEW_TOKENS, self.n_positions - prompt_length + 1)
 
     def logit_positions(self, prompt_length: int) -> list[int]:
         """Where logits are stored: up to four positions, the first and the last among them."""

@@ -25,6 +25,7 @@ def load(directory: pathlib.Path) -> transformers.GPTJForCausalLM:
     problems = {kind: keys for kind, keys in info.items() if keys}
     if problems:
         raise RuntimeError(f"Hugging Face does not take the checkpoint as it is: {problems}")
+    model.generation_config.eos_token_id = None  # `generate` falls back to it where its caller says None
     return model.eval()
 
 

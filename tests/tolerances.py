@@ -91,9 +91,9 @@ def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
         raise AssertionError(f"shape {actual64.shape} instead of {expected64.shape}")
     if actual64.size == 0:
         raise AssertionError(f"nothing to compare: shape {actual64.shape}")
-    difference = np.abs(actual64 - expected64).max(axis=-1)
-    scale = np.abs(expected64).max(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
+        difference = np.abs(actual64 - expected64).max(axis=-1)
+        scale = np.abs(expected64).max(axis=-1)
         error = np.where((difference == 0) & (scale == 0), 0.0, difference / scale)
     return float(error.max())
 
