@@ -17,7 +17,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 demo: ## install, and stream Korean text from the shipped model on whatever device there is
-	@$(ENVIRONMENT) $(VENV) cuda
+	@$(ENVIRONMENT) $(VENV) runtime cuda
 	$(BIN)/kogpt generate --model demo --prompt "$(PROMPT)"
 
 test: ## install, and run the tests (CPU; no PyTorch, no compiler)

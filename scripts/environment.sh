@@ -1,8 +1,8 @@
 #!/bin/sh
 # Makes a virtual environment that holds this project (editable) with the given extras, or leaves it as it is when it already does.
 #
-# usage: environment.sh FOLDER [EXTRA...]
-#   EXTRA is one of pyproject.toml's, or `cuda`: the CUDA packages for this machine's driver, nothing when there is no GPU.
+# usage: environment.sh FOLDER EXTRA...
+#   EXTRA is one of pyproject.toml's, `runtime` for none of them, or `cuda`: the CUDA packages for this machine's driver, if any.
 # environment:
 #   PYTHON          interpreter, a name or a path; default: the folder's own, else the first that runs of python3.13 ... python3
 #   PYTHON_VERSION  accept only this version, such as 3.11; default: 3.11 or newer
@@ -87,7 +87,7 @@ if [ ! -f "$constraints" ]; then
     constraints=/dev/null
 fi
 
-for extra in runtime "$@"; do
+for extra; do
     pins=$constraints
     case $extra in
         runtime) what=. ;;
