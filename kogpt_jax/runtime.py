@@ -1,30 +1,31 @@
 """Process-wide settings: the one place that makes them and the one place that reads environment variables.
 
-| what                       | set to                    | left alone when the user has set                                   |
-|----------------------------|---------------------------|--------------------------------------------------------------------|
-| XLA_CLIENT_MEM_FRACTION    | .92                       | it, or its older name XLA_PYTHON_CLIENT_MEM_FRACTION               |
-| jax_compilation_cache_dir  | ``cache_dir() / "xla"``   | it, JAX_COMPILATION_CACHE_DIR, or jax_enable_compilation_cache off |
-| jax_persistent_cache_min_* | 0 seconds, 0 bytes        | it, or the folder above                                            |
+| what                       | set to                    | left alone when the user has set                      |
+|----------------------------|---------------------------|-------------------------------------------------------|
+| XLA_CLIENT_MEM_FRACTION    | .92                       | it, or its older name XLA_PYTHON_CLIENT_MEM_FRACTION  |
+| jax_compilation_cache_dir  | ``cache_dir() / "xla"``   | it, or jax_enable_compilation_cache to false          |
+| jax_persistent_cache_min_* | 0 seconds, 0 bytes        | it, or the folder above                               |
 
-They count from the start of JAX's backend on, that is from the first JAX operation of the process: ``configure`` comes before it.
+Names of JAX's are its options, which its environment variables (``JAX_COMPILATION_CACHE_DIR``) set too. All of them count
+from the start of JAX's backend on, that is from the first JAX operation of the process: ``configure`` comes before it.
 """
 
 import logging
 import os
 import pathlib
 import tempfile
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import platformdirs
 
-# Weights, cache and XLA's workspace live in XLA's own pool; 8 % stay for the CUDA context, cuDNN and NCCL (XLA's default: 25 %).
+# Weights, cache and XLA's workspace live in XLA's own pool; 8 % stay for the CUDA context, cuDNN and NCCL (XLA leaves 25 %).
 _MEM_FRACTION = ".92"
 # XLA refuses to start when both names are set, so the older one counts as a choice of the user's too.
 _MEM_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
-# JAX keeps only programs that took a second to compile. Here the second start shall compile nothing at all: on a CPU even the
-# small model is dozens of programs below that. 0 bytes is JAX's own default: keep entries of every size.
+# Name, JAX's default, ours. JAX keeps only programs that took a second to compile; here the second start shall compile
+# nothing at all, and the small model is dozens of programs below a second. 0 bytes keeps entries of every size.
 _CACHE_THRESHOLDS = (
     ("jax_persistent_cache_min_compile_time_secs", 1.0, 0.0),
     ("jax_persistent_cache_min_entry_size_bytes", 0, 0),
@@ -43,7 +44,7 @@ class Setting(NamedTuple):
 
 
 def cache_dir() -> pathlib.Path:
-    """The user's folder for what can be made anew: ``KOGPT_CACHE_DIR``, else the platform's cache folder. It may not exist."""
+    """The folder for what can be made anew: ``KOGPT_CACHE_DIR``, else the user's cache folder. It may not exist yet."""
     override = os.environ.get("KOGPT_CACHE_DIR")
     return pathlib.Path(override).expanduser() if override else platformdirs.user_cache_path("kogpt_jax")
 
@@ -76,9 +77,9 @@ def _set_mem_fraction() -> Setting:
 def _set_compilation_cache() -> tuple[Setting, ...]:
     """Switches on JAX's persistent compilation cache, unless the user has chosen a folder or switched it off."""
     name = "jax_compilation_cache_dir"
-    if not jax.config.jax_enable_compilation_cache:
+    if not _jax_option("jax_enable_compilation_cache"):
         return (Setting("jax_enable_compilation_cache", "False", "user"),)
-    if (chosen := jax.config.jax_compilation_cache_dir) is not None:
+    if (chosen := _jax_option(name)) is not None:
         return (Setting(name, str(chosen), "user"),)
     folder = cache_dir() / "xla"
     try:
@@ -95,10 +96,14 @@ def _set_compilation_cache() -> tuple[Setting, ...]:
 
 
 def _set_threshold(name: str, default: float, wanted: float) -> Setting:
-    value = getattr(jax.config, name)
+    value = _jax_option(name)
     if name.upper() in os.environ or value != default:
         return Setting(name, str(value), "user")
     if value != wanted:
         jax.config.update(name, wanted)
         return Setting(name, str(wanted), "kogpt_jax")
     return Setting(name, str(value), "jax")
+
+
+def _jax_option(name: str) -> Any:
+    return getattr(jax.config, name)

@@ -29,7 +29,7 @@ def _selects(config: pytest.Config, marker: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # JAX reads JAX_PLATFORMS when it is imported, which is later: conftest files and plugins leave that to the test modules.
+    # JAX reads JAX_PLATFORMS when it is imported, which is later: this file and the plugins leave that to the tests.
     if not (_selects(config, "gpu") or _selects(config, "multigpu")):
         os.environ["JAX_PLATFORMS"] = "cpu"
     # Neither this process nor the ones that tests start touch the user's own cache; within a run they share one.
@@ -69,7 +69,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 @pytest.fixture(scope="session", autouse=True)
 def _runtime() -> None:
-    """The compilation cache is on from the first test, whichever that is. Imported here: the type checker's hook comes first."""
+    """The compilation cache is on from the first test, whichever that is."""
     from kogpt_jax import runtime
 
     runtime.configure()
