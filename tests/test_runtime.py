@@ -28,6 +28,7 @@ _REPORT = """
 import json, os
 import jax
 from kogpt_jax import runtime
+jax.config.update("jax_num_cpu_devices", 1)  # raises if importing the package has started the backend
 {before}
 runtime.configure()
 runtime.configure()
