@@ -89,18 +89,21 @@ class ModelConfig:
             raise InputError(f"{source}: tie_word_embeddings true is not supported")
         if hf.get("quantization_config") is not None:
             raise InputError(f"{source}: quantization_config is not supported, expected unquantised weights")
-        return cls(
-            vocab_size=_integer(hf, "vocab_size", 50400, source),
-            max_len=_integer(hf, "n_positions", 2048, source),
-            model_dim=_integer(hf, "n_embd", 4096, source),
-            num_layers=_integer(hf, "n_layer", 28, source),
-            num_heads=_integer(hf, "n_head", 16, source),
-            rotary_dim=_integer(hf, "rotary_dim", 64, source),
-            ffn_dim=_integer(hf, "n_inner", 4 * _integer(hf, "n_embd", 4096, source), source),
-            layer_norm_epsilon=_number(hf, "layer_norm_epsilon", 1e-5, source),
-            eos_token_ids=_eos_token_ids(hf, source),
-            dtype=dtype,
-        )
+        fields: dict[str, Any] = {
+            "vocab_size": _integer(hf, "vocab_size", 50400, source),
+            "max_len": _integer(hf, "n_positions", 2048, source),
+            "model_dim": _integer(hf, "n_embd", 4096, source),
+            "num_layers": _integer(hf, "n_layer", 28, source),
+            "num_heads": _integer(hf, "n_head", 16, source),
+            "rotary_dim": _integer(hf, "rotary_dim", 64, source),
+            "ffn_dim": _integer(hf, "n_inner", 4 * _integer(hf, "n_embd", 4096, source), source),
+            "layer_norm_epsilon": _number(hf, "layer_norm_epsilon", 1e-5, source),
+            "eos_token_ids": _eos_token_ids(hf, source),
+        }
+        try:
+            return cls(**fields, dtype=dtype)
+        except InputError as error:  # sizes that do not fit each other
+            raise InputError(f"{source}: {error}") from error
 
     @classmethod
     def from_hf_dir(cls, directory: str | pathlib.Path, *, dtype: Dtype = "bf16") -> "ModelConfig":
@@ -155,6 +158,8 @@ def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:
         return default
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{source}: {key} must be an integer, got {value!r}")
+    if value < 1:
+        raise InputError(f"{source}: {key} must be at least 1, got {value}")
     return value
 
 

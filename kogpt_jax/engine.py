@@ -7,7 +7,9 @@ is compiled already.
 
 import collections
 import dataclasses
+import itertools
 import math
+import operator
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -233,10 +235,9 @@ class KoGPT:
             logprobs[new.request.index] += new.logprobs
             if new.finish_reason is not None:
                 reasons[new.request.index] = new.finish_reason
-        tokenizer = self.tokenizer
         return [
             Completion(
-                text=None if tokenizer is None else tokenizer.decode_continuation(request.prompt_ids, token_ids[index]),
+                text=self._text(request, token_ids[index], reasons[index]),
                 token_ids=tuple(token_ids[index]),
                 logprobs=tuple(logprobs[index]),
                 finish_reason=reasons[index],
@@ -257,8 +258,8 @@ class KoGPT:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamEvent]:
         """`stream` from token ids."""
-        requests = self._requests(prompt_ids, params)  # here and not in the generator: errors come with the call
-        return self._stream(requests)
+        # Here and not in the generator: errors come with the call.
+        return self._stream(self._run(self._requests(prompt_ids, params)))
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
@@ -288,6 +289,7 @@ class KoGPT:
             logprobs = np.asarray(decoding.score(self._leaves, tokens, definition=self._definition, mesh=self.mesh))
             for slot, index in enumerate(group):
                 row = logprobs[slot, : len(rows[index]) - 1].astype(np.float64)
+                self._check_finite(index, 1, row)
                 scores[index] = Score(rows[index], (None, *row.tolist()), math.exp(-row.mean()))
         return [score for score in scores if score is not None]
 
@@ -297,7 +299,10 @@ class KoGPT:
         return [self.tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
 
     def _checked_ids(self, index: int, token_ids: Sequence[int]) -> tuple[int, ...]:
-        ids = tuple(int(token_id) for token_id in token_ids)
+        try:
+            ids = tuple(map(operator.index, token_ids))
+        except TypeError as error:
+            raise InputError(f"prompt {index} must be a sequence of token ids: {error}") from None
         if not ids:
             raise InputError(f"prompt {index} is empty")
         if len(ids) > self.config.max_len:
@@ -325,22 +330,40 @@ class KoGPT:
             requests.append(_Request(index, ids, row, max_new_tokens))
         return requests
 
-    def _stream(self, requests: Sequence[_Request]) -> Iterator[StreamEvent]:
+    def _stream(self, run: Iterator[_NewTokens]) -> Iterator[StreamEvent]:
         decoders: dict[int, IncrementalDecoder] = {}
-        for new in self._run(requests):
+        for new in run:
             text = None
             if self.tokenizer is not None:
                 index = new.request.index
-                decoder = decoders.setdefault(index, IncrementalDecoder(self.tokenizer, new.request.prompt_ids))
-                text = decoder.push(new.token_ids) + (decoder.flush() if new.finish_reason is not None else "")
+                if index not in decoders:
+                    decoders[index] = IncrementalDecoder(self.tokenizer, self._readable(new.request.prompt_ids))
+                text = decoders[index].push(self._readable(new.token_ids, new.finish_reason))
+                if new.finish_reason is not None:
+                    text += decoders.pop(index).flush()
             yield StreamEvent(new.request.index, text, new.token_ids, new.finish_reason)
 
+    def _text(self, request: _Request, token_ids: Sequence[int], reason: FinishReason) -> str | None:
+        if self.tokenizer is None:
+            return None
+        new_ids = self._readable(token_ids, reason)
+        return self.tokenizer.decode_continuation(self._readable(request.prompt_ids), new_ids)
+
+    def _readable(self, token_ids: Sequence[int], reason: FinishReason | None = None) -> Sequence[int]:
+        """The ids that stand for text: without the end-of-text token, which a tokenizer may hold for a word, and without
+        ids of a vocabulary that is padded beyond the tokenizer's."""
+        assert self.tokenizer is not None
+        token_ids = token_ids[:-1] if reason == "stop" else token_ids
+        return [token_id for token_id in token_ids if token_id < self.tokenizer.vocab_size]
+
     def _run(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
-        """Runs all requests, batch after batch."""
+        """Runs all requests, batch after batch. The batches are made here, so that a prompt too large is refused at once."""
         prompt_lens = [len(request.prompt_ids) for request in requests]
         new_lens = [request.max_new_tokens for request in requests]
-        for group in self._batches(range(len(requests)), prompt_lens, new_lens):
-            yield from self._run_batch([requests[index] for index in group])
+        groups = list(self._batches(range(len(requests)), prompt_lens, new_lens))
+        return itertools.chain.from_iterable(
+            self._run_batch([requests[index] for index in group]) for group in groups
+        )
 
     def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
         num_emitted = [0] * len(requests)
@@ -352,16 +375,20 @@ class KoGPT:
                 if slot in finished or count == 0:
                     continue
                 token_ids = tuple(tokens[slot, :count].tolist())
-                if not np.isfinite(logprobs[slot, :count]).all():
-                    raise FloatingPointError(
-                        f"prompt {request.index}: the logits are not finite after {num_emitted[slot]} tokens "
-                        f"(dtype {self.config.dtype}; fp16 can overflow where bf16 and fp32 do not)"
-                    )
+                self._check_finite(request.index, len(request.prompt_ids) + num_emitted[slot], logprobs[slot, :count])
                 num_emitted[slot] += count
                 reason = self._finish_reason(request, token_ids[-1], num_emitted[slot])
                 if reason is not None:
                     finished.add(slot)
                 yield _NewTokens(request, token_ids, tuple(logprobs[slot, :count].tolist()), reason)
+
+    def _check_finite(self, index: int, num_before: int, logprobs: Float[np.ndarray, " T"]) -> None:
+        is_finite = np.isfinite(logprobs)
+        if not is_finite.all():
+            raise FloatingPointError(
+                f"prompt {index}: the logits are not finite after {num_before + int(np.argmin(is_finite))} tokens "
+                f"(dtype {self.config.dtype}; fp16 can overflow where bf16 and fp32 do not)"
+            )
 
     def _finish_reason(self, request: _Request, last_token: int, num_emitted: int) -> FinishReason | None:
         if last_token in self.config.eos_token_ids and not request.params.ignore_eos:

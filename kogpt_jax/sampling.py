@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import numbers
 import secrets
 from collections.abc import Sequence
 from typing import no_type_check
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt
 from kogpt_jax.errors import InputError
 
 _MAX_SEED = 2**32 - 1
+_MAX_TOP_K = 2**31 - 1  # more than any vocabulary holds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,13 @@ class SamplingParams:
     ignore_eos: bool = False  # go on to max_new_tokens (benchmarks)
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) and not (name == "seed" and value is None):
+                raise InputError(f"{name} must be an integer, got {value!r}")
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(getattr(self, name), numbers.Real):
+                raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -71,7 +80,7 @@ class RowSampling:
         seeds = [secrets.randbelow(_MAX_SEED + 1) if row.seed is None else row.seed for row in rows]
         return cls(
             temperature=jnp.asarray(np.array([row.temperature for row in rows], np.float32)),
-            top_k=jnp.asarray(np.array([row.top_k for row in rows], np.int32)),
+            top_k=jnp.asarray(np.array([min(row.top_k, _MAX_TOP_K) for row in rows], np.int32)),
             top_p=jnp.asarray(np.array([row.top_p for row in rows], np.float32)),
             min_p=jnp.asarray(np.array([row.min_p for row in rows], np.float32)),
             seed=jnp.asarray(np.array(seeds, np.uint32)),
@@ -105,7 +114,9 @@ def sample(
 
 def _draw(logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array, " B"]) -> Int[Array, " B"]:
     """Gumbel-max over the tokens that the filters keep: argmax(logits + g) is distributed as softmax(logits)."""
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    # From the maximum down, so that the smallest temperature overflows to -inf and never to inf.
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled /= jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     kept = jnp.where(scaled >= keep_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
 
     def noise(seed: Array, position: Array) -> Array:
