@@ -6,8 +6,8 @@
 | jax_compilation_cache_dir  | ``cache_dir() / "xla"``   | it, or jax_enable_compilation_cache to false          |
 | jax_persistent_cache_min_* | 0 seconds, 0 bytes        | it, or the folder above                               |
 
-The lower-case names are JAX's options, which environment variables (``JAX_COMPILATION_CACHE_DIR``) set too. They count from
-the start of JAX's backend on, that is from the first JAX operation of the process: ``configure`` comes before it.
+The lower-case names are JAX's options, which environment variables (``JAX_COMPILATION_CACHE_DIR``) set too. They count
+from the start of JAX's backend on, that is from the first JAX operation of the process: ``configure`` comes before it.
 """
 
 import logging
@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import platformdirs
 
-# Weights, cache and XLA's workspace live in XLA's own pool; the rest is for the CUDA context, cuDNN and NCCL. XLA's default
-# is .75, which on an 80 GB GPU leaves 20 GB idle.
+# Weights, cache and XLA's workspace live in XLA's own pool; the rest is for the CUDA context, cuDNN and NCCL. XLA's
+# default is .75, which on an 80 GB GPU leaves 20 GB idle.
 _MEM_FRACTION = ".92"
 # XLA refuses to start when both names are set, so the older one counts as a choice of the user's too.
 _MEM_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
