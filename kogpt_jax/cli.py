@@ -1,0 +1,597 @@
+"""The ``kogpt`` command: results on stdout, everything else on stderr.
+
+Exit codes: 0; 1 a model whose logits are not finite, or an output that cannot be written; 2 bad input, in one line that
+names it; 130 Ctrl-C; 141 the reader of a pipe went away. Anything else is a bug and shows its traceback.
+
+All input is read and checked before a model is loaded, and tokenised before anything is printed: a bad line 5000 does
+not leave 4999 results behind. Text is UTF-8 on both sides, whatever the locale says.
+
+This module imports nothing that imports JAX, which takes a second: ``kogpt --help`` must not wait for it.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar, cast
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+import kogpt_jax
+from kogpt_jax._version import __version__
+from kogpt_jax.errors import InputError
+from kogpt_jax.text_rows import TextRow, argument_rows, decode_utf8, json_row, line_rows, stdin_rows
+
+_T = TypeVar("_T")
+
+# The defaults of the original `python -m kogpt`.
+_PROMPT_TEMPERATURE = "0.8"
+_PROMPT_MAX_LENGTH = "128"
+
+_SHOWN_CHARS = 40  # of a text in a table
+
+
+# -- Options that several commands share ------------------------------------------------------------------------------
+
+_Dtype = Literal["fp32", "fp16", "bf16"]
+_Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="DIR", help="Hugging Face directory, or 'demo' for the shipped model.")
+]
+_DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype to run in; as the weights are stored if not given.")]
+_Quant = Annotated[str | None, typer.Option(help="Weight quantisation; no mode is supported yet.")]
+_KvDtype = Annotated[str | None, typer.Option(help="Dtype of the KV cache; only the model's is supported yet.")]
+_Mesh = Annotated[str, typer.Option(help="Devices along the data, pipe and tensor axes; only d1p1t1 is supported yet.")]
+_MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
+_Temperature = Annotated[
+    float, typer.Option(help="0 takes the most likely token; larger is more varied. Finite, 0 or more.")
+]
+_TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens. 0 or more; 0 is off.")]
+_TopP = Annotated[
+    float,
+    typer.Option(help="Sample from the likeliest tokens that together reach this probability. Above 0, up to 1."),
+]
+_MinP = Annotated[
+    float,
+    typer.Option(help="Sample from tokens with this share of the likeliest's probability. 0 to 1; 0 is off."),
+]
+_Seed = Annotated[
+    int | None,
+    typer.Option(help="Makes sampling repeatable; for every prompt. 0 to 4294967295; drawn if not given."),
+]
+
+
+class _Commands(TyperGroup):
+    """The group of commands, ending as the module says: for the console script and for tests alike."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
+        code = 0
+        try:
+            # Typer makes 130 of a KeyboardInterrupt and returns the status of an Exit.
+            code = super().main(*args, **{**kwargs, "standalone_mode": False}) or 0
+        except TyperException as error:
+            message = error.format_message()  # empty where the help has been printed instead
+            if message:
+                _complain(message)
+            code = error.exit_code
+        except InputError as error:
+            _complain(error)
+            code = 2
+        except FloatingPointError as error:
+            _complain(error)
+            code = 1
+        sys.exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Continue and score Korean text with KoGPT (GPT-J architecture).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain columns: boxes leave the help texts too little room
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="kogpt")
+
+
+def _print_version(is_asked: bool) -> bool:
+    if is_asked:
+        _emit(f"kogpt {__version__}\n")
+        raise typer.Exit
+    return is_asked
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- kogpt generate ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    model: _Model = "demo",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated. Without it: lines of stdin."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to add at most, 1 or more; the context may end before.")
+    ] = 64,
+    temperature: _Temperature = 0.0,
+    top_k: _TopK = 0,
+    top_p: _TopP = 1.0,
+    min_p: _MinP = 0.0,
+    seed: _Seed = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    dtype: _DtypeOption = None,
+    quant: _Quant = None,
+    kv_dtype: _KvDtype = None,
+    mesh: _Mesh = "d1p1t1",
+    max_batch_size: _MaxBatchSize = 64,
+    input_format: Annotated[
+        Literal["text", "jsonl"],
+        typer.Option(
+            help='Of stdin: a prompt a line, or a JSON object a line with "prompt" and, of the options above, '
+            '"max_new_tokens", "temperature", "top_k", "top_p", "min_p" and "seed" for this prompt alone.'
+        ),
+    ] = "text",
+    output_format: Annotated[
+        Literal["text", "jsonl"],
+        typer.Option("--format", help="Of stdout: texts, or a JSON object a line with token ids and finish reason."),
+    ] = "text",
+    echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before its text.")] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Print the text as it grows; one prompt and --format text only. Default: on if stdout is a terminal.",
+        ),
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print times (s), tokens/s and the device on stderr.")] = False,
+) -> None:
+    """Continue prompts.
+
+    Prompts come from --prompt or, to its end, from stdin; results come in the same order, batch after batch.
+    """
+    # Before the input is read and long before weights are: a wrong option is told at once.
+    params = kogpt_jax.SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+    rows = _prompt_rows(prompt, input_format)
+    row_params = [_with_options(params, row) for row in rows]
+    can_stream = len(rows) == 1 and output_format == "text"
+    if stream and not can_stream:
+        raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
+    clock = _Clock()
+    engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size)
+    clock.loaded()
+    prompt_ids = [_encode(engine, row) for row in rows]
+
+    if can_stream and (_is_terminal(sys.stdout) if stream is None else stream):
+        _emit(rows[0].text if echo else "")
+        for event in clock.watch(engine.stream_ids(prompt_ids, row_params)):
+            _emit(event.text or "")
+        _emit("\n")
+    else:
+        for index, result in _in_batches(engine, rows, prompt_ids, row_params, clock):
+            text = "".join(result.texts)
+            if output_format == "jsonl":
+                usage = {"prompt_tokens": len(prompt_ids[index]), "completion_tokens": len(result.token_ids)}
+                record = {"index": index, "prompt": rows[index].text, "text": text, "token_ids": result.token_ids}
+                _emit_json(record | {"finish_reason": result.finish_reason, "usage": usage})
+            else:
+                _emit((rows[index].text if echo else "") + text + "\n")
+    if stats:
+        clock.report(engine)
+
+
+@dataclasses.dataclass
+class _Result:
+    """A completion that is growing."""
+
+    texts: list[str] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+
+
+def _in_batches(
+    engine: "kogpt_jax.KoGPT",
+    rows: Sequence[TextRow],
+    prompt_ids: Sequence[list[int]],
+    params: Sequence["kogpt_jax.SamplingParams"],
+    clock: "_Clock",
+) -> Iterator[tuple[int, _Result]]:
+    """Indices and results in input order, a batch at a time: what has been printed is safe whatever comes later."""
+    for first in range(0, len(rows), engine.max_batch_size):
+        batch = slice(first, first + engine.max_batch_size)
+        results = [_Result() for _ in rows[batch]]
+        try:
+            for event in clock.watch(engine.stream_ids(prompt_ids[batch], params[batch])):
+                result = results[event.index]
+                result.texts.append(event.text or "")
+                result.token_ids += event.token_ids
+                result.finish_reason = event.finish_reason
+        except (InputError, FloatingPointError) as error:
+            raise type(error)(_counted_from(error, rows, first)) from error
+        yield from enumerate(results, first)
+
+
+def _counted_from(error: Exception, rows: Sequence[TextRow], first: int) -> str:
+    """An error of the engine, which counts the prompts of a call from 0, with what it counts from."""
+    return str(error) if len(rows) == 1 else f"{error} (prompt 0 is {rows[first].where})"
+
+
+class _Clock:
+    """Times of one command.
+
+    The decode rate leaves out prefill and the first chunk of each batch, in whose time programs may be compiled.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._load_s = 0.0
+        self._first_token_s: float | None = None
+        self._num_tokens = 0
+        self._decode_tokens = 0
+        self._decode_s = 0.0
+
+    def loaded(self) -> None:
+        self._load_s = time.perf_counter() - self._start
+
+    def watch(self, events: Iterator["kogpt_jax.StreamEvent"]) -> Iterator["kogpt_jax.StreamEvent"]:
+        """Passes events of one call on and times them."""
+        start = previous = time.perf_counter()
+        num_events: collections.Counter[int] = collections.Counter()  # of each prompt
+        for event in events:
+            now = time.perf_counter()
+            if self._first_token_s is None:
+                self._first_token_s = now - start
+            self._num_tokens += len(event.token_ids)
+            num_events[event.index] += 1
+            if num_events[event.index] > 2:
+                self._decode_tokens += len(event.token_ids)
+                self._decode_s += now - previous
+            previous = now
+            yield event
+
+    def report(self, engine: "kogpt_jax.KoGPT") -> None:
+        """Prints the times on stderr."""
+        device = engine.mesh.devices.flat[0]
+        memory = device.memory_stats() or {}
+        peak = f", peak memory {memory['peak_bytes_in_use'] / 2**30:.2f} GiB" if "peak_bytes_in_use" in memory else ""
+        rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
+        lines = [
+            f"load         {self._load_s:.2f} s",
+            f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
+            f"decode       {rate} ({self._num_tokens} tokens in all)",
+            f"device       {device.platform} {device.device_kind}, {engine.config.dtype}{peak}",
+        ]
+        print(*lines, sep="\n", file=sys.stderr)
+
+
+# -- kogpt prompt -----------------------------------------------------------------------------------------------------
+
+
+@app.command("prompt")
+def prompt_loop(
+    model: _Model = "demo",
+    top_k: _TopK = 0,
+    top_p: _TopP = 1.0,
+    min_p: _MinP = 0.0,
+    seed: _Seed = None,
+    dtype: _DtypeOption = None,
+    quant: _Quant = None,
+    kv_dtype: _KvDtype = None,
+    mesh: _Mesh = "d1p1t1",
+) -> None:
+    """Ask for prompts and continue them, one after the other.
+
+    Asks for a prompt, a temperature and the length in tokens of prompt and continuation together; Enter takes the
+    default. Ctrl-C stops a text, Ctrl-D ends. In a pipe the answers come one a line, those missing at its end are the
+    defaults.
+    """
+    filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size=1)
+    has_user = _is_terminal(sys.stdin)
+    if has_user:
+        with contextlib.suppress(ImportError):  # line editing; Python can be built without
+            import readline  # noqa: F401
+    while (text := _ask("prompt> ")) is not None:
+        try:
+            if not text.strip():
+                raise InputError("prompt is empty")
+            prompt_ids = _encode(engine, TextRow("prompt", text))
+        except InputError as error:
+            _complain(error)
+            continue
+        try:
+            params = _ask_params(filters, len(prompt_ids))
+        except EOFError:
+            return
+        try:
+            _emit(text)
+            for event in engine.stream_ids([prompt_ids], params):
+                _emit(event.text or "")
+        except KeyboardInterrupt:
+            if not has_user:
+                raise
+        except InputError as error:
+            if not has_user:
+                raise
+            _complain(error)
+        _emit("\n")
+
+
+def _ask_params(filters: "kogpt_jax.SamplingParams", prompt_len: int) -> "kogpt_jax.SamplingParams":
+    """The filters with the temperature and length that the answers give."""
+    params = _ask_value("temperature", _PROMPT_TEMPERATURE, lambda answer: _with_temperature(filters, answer))
+    return _ask_value("max_length", _PROMPT_MAX_LENGTH, lambda answer: _with_max_length(params, answer, prompt_len))
+
+
+def _with_temperature(params: "kogpt_jax.SamplingParams", answer: str) -> "kogpt_jax.SamplingParams":
+    try:
+        temperature = float(answer)
+    except ValueError:
+        raise InputError(f"temperature must be a number, got {answer!r}") from None
+    return dataclasses.replace(params, temperature=temperature)
+
+
+def _with_max_length(params: "kogpt_jax.SamplingParams", answer: str, prompt_len: int) -> "kogpt_jax.SamplingParams":
+    try:
+        max_len = int(answer)
+    except ValueError:
+        raise InputError(f"max_length must be an integer, got {answer!r}") from None
+    if max_len <= prompt_len:
+        raise InputError(f"max_length must be more than the {prompt_len} tokens of the prompt, got {max_len}")
+    return dataclasses.replace(params, max_new_tokens=max_len - prompt_len)
+
+
+def _ask(question: str) -> str | None:
+    """A line from the user or the pipe; None at its end."""
+    if _is_terminal(sys.stdin) and _is_terminal(sys.stdout):
+        try:
+            return input(question)
+        except EOFError:
+            _emit("\n")
+            return None
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is not UTF-8: {error.reason}") from error
+    # `input` would put the question among the results.
+    print(question, end="", file=sys.stderr, flush=True)
+    stdin = cast(TextIO | None, sys.stdin)
+    line = b"" if stdin is None else stdin.buffer.readline()
+    if not (_is_terminal(stdin) and line):
+        print(file=sys.stderr, flush=True)  # the Enter that nobody typed
+    return decode_utf8("stdin", line).rstrip("\r\n") if line else None
+
+
+def _ask_value(name: str, default: str, parse: Callable[[str], _T]) -> _T:
+    """Asks until ``parse`` takes the answer.
+
+    Raises:
+        EOFError: the user has left.
+        InputError: the pipe has ended and ``parse`` refuses the default.
+    """
+    while True:
+        answer = _ask(f"{name}({default})> ")
+        if answer is None:
+            if _is_terminal(sys.stdin):
+                raise EOFError
+            return parse(default)
+        try:
+            return parse(answer.strip() or default)
+        except InputError as error:
+            _complain(error)
+
+
+# -- kogpt score ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def score(
+    model: _Model = "demo",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", "-t", metavar="TEXT", help="Text to score; may be repeated. Without it: --file or stdin."
+        ),
+    ] = None,
+    file: Annotated[pathlib.Path | None, typer.Option("--file", "-f", help="Texts to score, one a line.")] = None,
+    dtype: _DtypeOption = None,
+    quant: _Quant = None,
+    kv_dtype: _KvDtype = None,
+    mesh: _Mesh = "d1p1t1",
+    max_batch_size: _MaxBatchSize = 64,
+    output_format: Annotated[
+        Literal["text", "jsonl"],
+        typer.Option(
+            "--format", help="Of stdout: a table, or a JSON object a line with token log-probabilities in nats."
+        ),
+    ] = "text",
+) -> None:
+    """Print the perplexity of texts, and of all together.
+
+    The first token of a text has none before it and counts for nothing.
+    """
+    rows = _text_rows(text, file)
+    engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size)
+    token_ids = [_encode(engine, row, at_least=2) for row in rows]
+    is_json = output_format == "jsonl"
+    logprob_sum, num_scored = 0.0, 0
+    for first in range(0, len(rows), engine.max_batch_size):
+        batch = slice(first, first + engine.max_batch_size)
+        try:
+            scores = engine.score_ids(token_ids[batch])
+        except (InputError, FloatingPointError) as error:
+            raise type(error)(_counted_from(error, rows, first)) from error
+        if first == 0 and not is_json:  # not before: a model that cannot be run prints nothing
+            _emit(f"{'perplexity':>12}  {'tokens':>7}  text\n")
+        for index, (row, result) in enumerate(zip(rows[batch], scores, strict=True), first):
+            logprob_sum += sum(logprob for logprob in result.logprobs if logprob is not None)
+            num_scored += len(result.token_ids) - 1
+            if is_json:
+                record = {"index": index, "text": row.text, "perplexity": result.perplexity}
+                _emit_json(record | {"token_ids": result.token_ids, "logprobs": result.logprobs})
+            else:
+                _emit(f"{result.perplexity:>12.3f}  {len(result.token_ids):>7}  {_shortened(row.text)}\n")
+    perplexity = math.exp(-logprob_sum / num_scored)
+    num_tokens = sum(map(len, token_ids))
+    if is_json:
+        _emit_json({"total": {"texts": len(rows), "tokens": num_tokens, "perplexity": perplexity}})
+    else:
+        _emit(f"{perplexity:>12.3f}  {num_tokens:>7}  total of {len(rows)}\n")
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 1] + "…"
+
+
+# -- kogpt info -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="DIR", help="Tell of this model too, its weights unread."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print versions, devices, settings and, with --model, what a model is and needs."""
+    from kogpt_jax import info as info_module
+
+    report = info_module.make_report(model)
+    if as_json:
+        _emit_json(report)
+    else:
+        _emit("\n".join(info_module.report_lines(report)) + "\n")
+
+
+# -- Models and texts -------------------------------------------------------------------------------------------------
+
+
+def _load(
+    model: str, dtype: _Dtype | None, quant: str | None, kv_dtype: str | None, mesh: str, max_batch_size: int
+) -> "kogpt_jax.KoGPT":
+    if max_batch_size < 1:  # here too: the engine sees it when the weights are loaded
+        raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
+    engine = kogpt_jax.KoGPT.from_pretrained(
+        model, dtype=dtype, quant=quant, kv_dtype=kv_dtype, mesh=mesh, max_batch_size=max_batch_size, progress=True
+    )
+    if engine.tokenizer is None:
+        raise InputError(f"{model} has no tokenizer: expected tokenizer.json or a SentencePiece *.model in it")
+    return engine
+
+
+def _encode(engine: "kogpt_jax.KoGPT", row: TextRow, *, at_least: int = 1) -> list[int]:
+    """Token ids of a text that fits the context; errors say where the text came from."""
+    assert engine.tokenizer is not None
+    try:
+        token_ids = engine.tokenizer.encode(row.text)
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from error
+    if len(token_ids) < at_least:
+        raise InputError(f"{row.where} must have at least {at_least} tokens, got {len(token_ids)}")
+    if len(token_ids) > engine.config.max_len:
+        raise InputError(f"{row.where} has {len(token_ids)} tokens, more than the context of {engine.config.max_len}")
+    return token_ids
+
+
+def _prompt_rows(prompts: Sequence[str] | None, input_format: str) -> list[TextRow]:
+    """The prompts of the command line, else those of stdin."""
+    if prompts:
+        if input_format != "text":
+            raise InputError(f"--input-format {input_format} is for stdin and takes no --prompt")
+        return argument_rows("--prompt", prompts)
+    rows = stdin_rows("--prompt")
+    return rows if input_format == "text" else [json_row(row) for row in rows]
+
+
+def _text_rows(texts: Sequence[str] | None, file: pathlib.Path | None) -> list[TextRow]:
+    """The texts of the command line, else those of a file or stdin."""
+    if texts and file is not None:
+        raise InputError(f"--text and --file {file} exclude each other")
+    if texts:
+        return argument_rows("--text", texts)
+    if file is None:
+        return stdin_rows("--text or --file")
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"--file {file} cannot be read: {error.strerror}") from error
+    return line_rows(str(file), raw)
+
+
+def _with_options(params: "kogpt_jax.SamplingParams", row: TextRow) -> "kogpt_jax.SamplingParams":
+    try:
+        return dataclasses.replace(params, **row.options)
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from error
+
+
+# -- Output -----------------------------------------------------------------------------------------------------------
+
+
+def _emit(text: str) -> None:
+    """Writes to stdout at once, so that a pipe has each result as soon as it is there.
+
+    Raises:
+        SystemExit: nobody reads any more (141, in silence, as a program that SIGPIPE ends), or the write failed (1).
+    """
+    stdout = cast(TextIO | None, sys.stdout)  # None where the shell closed it
+    if stdout is None:
+        _complain("stdout is closed")
+        raise SystemExit(1)
+    try:
+        stdout.write(text)
+        stdout.flush()
+    except OSError as error:
+        # What is still buffered goes nowhere: the interpreter would try it again, and complain, when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(141) from None
+        _complain(f"stdout cannot be written: {error.strerror}")
+        raise SystemExit(1) from None
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """None, where the shell closed the stream, is no terminal."""
+    return stream is not None and stream.isatty()
+
+
+def _emit_json(record: dict[str, Any]) -> None:
+    _emit(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _complain(message: object) -> None:
+    """One line on stderr, also where a name in it holds a line feed."""
+    print("kogpt: error:", str(message).replace("\r", "\\r").replace("\n", "\\n"), file=sys.stderr)

@@ -1,0 +1,113 @@
+"""What ``kogpt info`` tells: versions, devices, settings, and what a model is and needs."""
+
+import dataclasses
+import importlib.metadata
+import math
+import pathlib
+import platform
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import jax
+
+from kogpt_jax import checkpoint, demo, kv_cache, runtime, tokenizer
+from kogpt_jax._version import __version__
+from kogpt_jax.config import Dtype
+from kogpt_jax.model import model_def
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")  # beside kogpt_jax itself
+
+
+def make_report(model: str | None) -> dict[str, Any]:
+    """The facts as JSON has them; with a directory or ``"demo"`` those of that model too, weights unread.
+
+    Raises:
+        InputError: what loading the configuration or the tokenizer refuses.
+    """
+    settings = runtime.settings()  # before the first look at the devices: it says how they are set up
+    report: dict[str, Any] = {} if model is None else {"model": _model_report(model)}
+    report["versions"] = {
+        "kogpt_jax": __version__,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+    }
+    report["devices"] = [_device_report(device) for device in jax.devices()]
+    report["settings"] = [setting._asdict() for setting in settings]
+    report["cache_dir"] = str(runtime.cache_dir())
+    return report
+
+
+def _device_report(device: jax.Device) -> dict[str, Any]:
+    memory = device.memory_stats() or {}  # a CPU tells nothing
+    return {
+        "name": str(device),
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "memory_bytes": memory.get("bytes_limit"),
+        "memory_in_use_bytes": memory.get("bytes_in_use"),
+    }
+
+
+def _model_report(model: str) -> dict[str, Any]:
+    directory = demo.DIRECTORY if model == "demo" else pathlib.Path(model)
+    model_config = checkpoint.load_config(directory)
+    file = tokenizer.find_tokenizer(directory)
+    by_dtype = {dtype: dataclasses.replace(model_config, dtype=dtype) for dtype in get_args(Dtype)}
+    num_params = sum(math.prod(param.shape) for param in model_def(model_config).params)
+    num_pages = kv_cache.pages_per_row(model_config.max_len)
+    return {
+        "directory": str(directory),
+        "config": dataclasses.asdict(model_config),  # its dtype is that of the stored weights
+        "num_params": num_params,
+        "weight_bytes": {dtype: num_params * other.jax_dtype.itemsize for dtype, other in by_dtype.items()},
+        # Of a row that may fill the whole context.
+        "kv_cache_bytes_per_row": {
+            dtype: kv_cache.cache_bytes_per_row(other, num_pages * kv_cache.PAGE_LEN)
+            for dtype, other in by_dtype.items()
+        },
+        "tokenizer": None if file is None else _tokenizer_report(tokenizer.load_tokenizer(file)),
+    }
+
+
+def _tokenizer_report(loaded: tokenizer.Tokenizer) -> dict[str, Any]:
+    roles = ("bos", "eos", "unk", "pad", "mask")
+    return {
+        "file": str(loaded.path),
+        "vocab_size": loaded.vocab_size,
+        "special_ids": {role: getattr(loaded, f"{role}_id") for role in roles},
+    }
+
+
+def report_lines(report: dict[str, Any]) -> Iterator[str]:
+    """The report for people: a line a fact."""
+    facts: list[tuple[str, str]] = []
+    if model := report.get("model"):
+        facts.append(("model", model["directory"]))
+        facts += [(f"  {name}", str(value)) for name, value in model["config"].items()]
+        facts.append(("  parameters", f"{model['num_params']:,}"))
+        for name, key in (("weights", "weight_bytes"), ("KV cache per row", "kv_cache_bytes_per_row")):
+            sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in model[key].items())
+            facts.append((f"  {name}", sizes))
+        if found := model["tokenizer"]:
+            special = ", ".join(f"{role} {token_id}" for role, token_id in found["special_ids"].items())
+            facts.append(("  tokenizer", f"{found['file']}, {found['vocab_size']} tokens, {special}"))
+        else:
+            facts.append(("  tokenizer", "none"))
+    facts += report["versions"].items()
+    for device in report["devices"]:
+        memory = ""
+        if device["memory_bytes"] is not None:
+            memory = f"{format_bytes(device['memory_in_use_bytes'])} of {format_bytes(device['memory_bytes'])} in use"
+        facts.append(("device", ", ".join(filter(None, (device["name"], device["kind"], memory)))))
+    facts += [("setting", "{name} = {value} (by {origin})".format(**setting)) for setting in report["settings"]]
+    facts.append(("cache folder", report["cache_dir"]))
+    width = max(len(name) for name, _ in facts)
+    return (f"{name:<{width}}  {value}" for name, value in facts)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """A number of bytes for people, in binary units."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} B"
