@@ -1,323 +1,352 @@
-"""Makes the demo model: a SentencePiece tokenizer and a small GPT-J, from a folder of Korean text (extra ``train``).
+"""Makes the demo model: tokenizer, token streams, training, export. Needs the extra ``train``; README.md says how.
 
-    python -m kogpt_jax.demo.train tokenizer --corpus CORPUS --out DATA
-    python -m kogpt_jax.demo.train prepare --corpus CORPUS --data DATA
-    python -m kogpt_jax.demo.train model --data DATA --out RUN
-
-CORPUS holds reviews.train.txt and reviews.heldout.txt (one document a line) and constitution.txt. The first two commands
-need a CPU for a few minutes; the last, which needs DATA only, a few minutes of one GPU.
+Training uses the model's own layers, and departs from its forward in two things: rows are packed with documents and
+attention is kept inside a document, and there is dropout on the embedding and on what each layer adds.
 """
 
-import argparse
 import dataclasses
 import functools
-import io
 import json
 import math
 import pathlib
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import sentencepiece
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+import typer
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from kogpt_jax import checkpoint
-from kogpt_jax.config import DEMO, ModelConfig
-from kogpt_jax.model import model_def, random_leaves
-from kogpt_jax.sharding import make_mesh
-from kogpt_jax.tokenizer import load_tokenizer
-from kogpt_jax.weight_files import write_json
+from kogpt_jax import runtime
+from kogpt_jax.config import DEMO, Dtype, ModelConfig
+from kogpt_jax.demo import DIRECTORY, data, export
+from kogpt_jax.errors import InputError
+from kogpt_jax.model import ModelDef, apply_rotary, layer_norm, linear, model_def, rotary_tables
+from kogpt_jax.sharding import make_mesh, named_sharding
 
-_TOKENIZER_FILE = "tokenizer.model"
-_CONSTITUTION_REPEATS = 4  # 46 KB of another style beside 34 MB of reviews
-
-_EOS_ID = 1
-_MASK_ID = 4
+_SCALAR: Any = PartitionSpec()
+_DECAYED = ("embedding", "lm_head", "w_in", "w_out")  # the matrices; biases and LayerNorms are left free
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How the model is trained: AdamW (Loshchilov and Hutter 2019), linear warm-up, cosine decay, averaged weights."""
+class TrainConfig:
+    """Settings of a run. Frozen, because it is a static argument of the jitted chunk of steps."""
 
     steps: int = 4000
-    batch_rows: int = 256
-    row_len: int = 256
-    learning_rate: float = 2e-3
-    warmup_steps: int = 300
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    ema_decay: float = 0.998
-    # Input tokens replaced by [MASK]: the text is small, and a model that cannot rely on each word overfits later.
-    token_dropout: float = 0.1
+    batch: int = 64  # rows a step
+    row_len: int = 512  # tokens a row
+    learning_rate: float = 3e-3  # at the end of the warm-up; a cosine takes it to zero
+    warmup_steps: int = 200
+    weight_decay: float = 0.5  # AdamW's: each step takes learning_rate * weight_decay of a matrix
+    dropout: float = 0.1
+    clip_norm: float = 1.0
+    ema_decay: float = 0.995  # of the averaged weights, which are what is measured and kept
+    chunk: int = 200  # steps a dispatch; validation between
     seed: int = 0
+    dtype: Dtype = "bf16"  # of the products; weights and their averages are f32
 
-
-def train_documents(corpus: pathlib.Path) -> Iterator[str]:
-    """The training text, a document at a time."""
-    yield from _lines(corpus / "reviews.train.txt")
-    for _ in range(_CONSTITUTION_REPEATS):
-        yield from _lines(corpus / "constitution.txt")
-
-
-def heldout_documents(corpus: pathlib.Path) -> Iterator[str]:
-    """Text that nothing is trained on."""
-    yield from _lines(corpus / "reviews.heldout.txt")
-
-
-def _lines(path: pathlib.Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if text := line.strip():
-                yield text
-
-
-def train_tokenizer(corpus: pathlib.Path, out: pathlib.Path) -> None:
-    """A unigram SentencePiece model with KoGPT's five special tokens as ids 0 to 4.
-
-    Text comes back as it was: no normalisation, no folding of white space, and bytes for what the vocabulary lacks.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=train_documents(corpus),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=DEMO.vocab_size,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        character_coverage=0.9995,
-        split_digits=True,
-        bos_id=0,
-        eos_id=_EOS_ID,
-        unk_id=2,
-        pad_id=3,
-        bos_piece="[BOS]",
-        eos_piece="[EOS]",
-        unk_piece="[UNK]",
-        pad_piece="[PAD]",
-        control_symbols=["[MASK]"],
-        minloglevel=1,
-    )
-    (out / _TOKENIZER_FILE).write_bytes(model.getvalue())
-
-
-def prepare(corpus: pathlib.Path, data: pathlib.Path) -> None:
-    """Token ids of the corpus, each document followed by [EOS], as ``train.npy`` and ``heldout.npy``, uint16."""
-    tokenizer = load_tokenizer(data / _TOKENIZER_FILE)
-    for name, documents in (("train", train_documents), ("heldout", heldout_documents)):
-        num_chars = 0
-        stream: list[np.ndarray] = []
-        for text in documents(corpus):
-            num_chars += len(text) + 1
-            stream.append(np.array([*tokenizer.encode(text), _EOS_ID], np.uint16))
-        tokens = np.concatenate(stream)
-        np.save(data / f"{name}.npy", tokens)
-        write_json(data / f"{name}.json", {"documents": len(stream), "tokens": len(tokens), "characters": num_chars})
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Held-out documents as rows: [EOS] (the end of the document before), the document, [EOS], then padding.
-
-    So each document is read from its start, and its first token is predicted from what stands before it in training.
-    """
-
-    rows: Int[np.ndarray, "documents T"]
-    lengths: Int[np.ndarray, " documents"]
-    num_chars: int
-
-    @classmethod
-    def load(cls, data: pathlib.Path, max_len: int) -> "HeldOut":
-        """Reads what ``prepare`` wrote. Documents longer than ``max_len`` - 1 tokens are refused: none may be cut."""
-        tokens = np.load(data / "heldout.npy").astype(np.int32)
-        documents = np.split(tokens, np.flatnonzero(tokens == _EOS_ID) + 1)[:-1]
-        lengths = np.array([len(document) + 1 for document in documents])
-        if lengths.max() > max_len:
-            raise ValueError(f"a held-out document has {lengths.max()} tokens, more than {max_len}")
-        rows = np.full((len(documents), int(-(-lengths.max() // 16) * 16)), _EOS_ID, np.int32)
-        for row, document in zip(rows, documents, strict=True):
-            row[1 : len(document) + 1] = document
-        num_chars = json.loads((data / "heldout.json").read_text())["characters"]
-        return cls(rows, lengths, num_chars)
-
-
-def _losses(leaves: Sequence[Array], tokens: Int[Array, "B T"], targets: Int[Array, "B T"], config: ModelConfig) -> Array:
-    """Cross entropy in nats of each target, [B, T] f32."""
-    definition = model_def(config)
-
-    def local(leaves: Sequence[Array], tokens: Array, targets: Array) -> Array:
-        model = definition.merge(leaves)
-        logits = model.logits(model.hidden(tokens))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-    rows = PartitionSpec()
-    return jax.shard_map(
-        local, mesh=make_mesh(), in_specs=(definition.leaf_specs(), rows, rows), out_specs=rows, check_vma=False
-    )(list(leaves), tokens, targets)
-
-
-def evaluate(leaves: Sequence[Array], config: ModelConfig, heldout: HeldOut, *, batch_rows: int = 200) -> dict[str, float]:
-    """Held-out loss in nats a token, perplexity, and bits a character (a document's end counts as one character)."""
-    nats, num_tokens = 0.0, 0
-    run = jax.jit(_losses, static_argnames="config")
-    for start in range(0, len(heldout.rows), batch_rows):
-        rows, lengths = heldout.rows[start : start + batch_rows], heldout.lengths[start : start + batch_rows]
-        losses = np.asarray(run(leaves, rows[:, :-1], rows[:, 1:], config=config), np.float64)
-        is_counted = np.arange(rows.shape[1] - 1) < (lengths - 1)[:, None]
-        nats += losses[is_counted].sum()
-        num_tokens += int(is_counted.sum())
-    loss = nats / num_tokens
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_character": nats / math.log(2) / heldout.num_chars}
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "row_len", "chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps % self.chunk:
+            raise InputError(f"steps must be a multiple of chunk {self.chunk}, got {self.steps}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise InputError(f"warmup_steps must be at least 0 and below steps {self.steps}, got {self.warmup_steps}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaves", "averaged", "optimizer", "step"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["step", "leaves", "averages", "optimizer"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
-class _TrainState:
-    leaves: list[Float[Array, "..."]]  # f32
-    averaged: list[Float[Array, "..."]]  # f32, exponential moving average: what is kept in the end
-    optimizer: optax.OptState
+@no_type_check  # JAX puts other things than arrays into the same structure
+class TrainState:
+    """All that steps carry. Donated: the caller's copy is gone after a chunk."""
+
     step: Int[Array, ""]
+    leaves: list[Array]  # f32
+    averages: list[Array]  # f32
+    optimizer: optax.OptState
 
 
-def _optimizer(training: TrainingConfig) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, training.learning_rate, training.warmup_steps, training.steps, end_value=training.learning_rate / 100
-    )
+def initial_state(config: TrainConfig, definition: ModelDef, mesh: Mesh) -> TrainState:
+    """Normal weights, GPT-2's scheme: std 0.02, what is added to the residual stream smaller by sqrt(2 L)."""
+    key = jax.random.key(config.seed)
+    leaves = []
+    for index, param in enumerate(definition.params):
+        name = param.path.rpartition(".")[2]
+        std = 0.02 if name in _DECAYED else 0.0
+        if name == "w_out":
+            std /= math.sqrt(2 * definition.config.num_layers)
+        leaf = param.init_mean + std * jax.random.normal(jax.random.fold_in(key, index), param.shape, jnp.float32)
+        leaves.append(jax.device_put(leaf, named_sharding(mesh, param.logical_axes)))
+    optimizer = _optimizer(config, definition, jnp.int32(config.steps))
+    return TrainState(jnp.int32(0), leaves, [jnp.copy(leaf) for leaf in leaves], optimizer.init(leaves))
+
+
+def _optimizer(config: TrainConfig, definition: ModelDef, num_steps: Int[Array, ""]) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019): linear warm-up, then a cosine that is 0 after ``num_steps``."""
+
+    def learning_rate(step: Int[Array, ""]) -> Float[Array, ""]:
+        warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+        progress = jnp.clip((step - config.warmup_steps) / (num_steps - config.warmup_steps), 0.0, 1.0)
+        return config.learning_rate * warmup * 0.5 * (1 + jnp.cos(math.pi * progress))
+
+    is_decayed = [param.path.rpartition(".")[2] in _DECAYED for param in definition.params]
     return optax.chain(
-        optax.clip_by_global_norm(training.grad_clip),
-        optax.adamw(
-            schedule,
-            b1=0.9,
-            b2=0.98,
-            weight_decay=training.weight_decay,
-            mask=lambda leaves: [leaf.ndim > 1 for leaf in leaves],
-        ),
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(learning_rate, b1=0.9, b2=0.98, weight_decay=config.weight_decay, mask=is_decayed),
     )
 
 
-def _batch(key: Array, stream: Int[Array, " tokens"], starts: Int[Array, " documents"], training: TrainingConfig) -> Array:
-    """Rows of ``row_len`` + 1 tokens: half begin with a document, as a prompt does; a quarter with the [EOS] before one,
-    as scoring does; a quarter anywhere."""
-    place_key, document_key = jax.random.split(key)
-    rows = training.batch_rows
-    document_starts = starts[jax.random.randint(document_key, (rows,), 0, len(starts))]
-    anywhere = jax.random.randint(place_key, (rows,), 0, len(stream))
-    begin = jnp.where(jnp.arange(rows) < rows // 2, document_starts, document_starts - 1)
-    begin = jnp.where(jnp.arange(rows) < 3 * rows // 4, begin, anywhere)
-    begin = jnp.clip(begin, 0, len(stream) - training.row_len - 1)
-    return stream[begin[:, None] + jnp.arange(training.row_len + 1)].astype(jnp.int32)
+def visible(tokens: Int[Array, "B T"], modes: Int[Array, " B"]) -> Bool[Array, "B 1 T T"]:
+    """Which earlier positions each position attends to.
+
+    Mode 0 keeps a document and the [EOS] before it together, as held-out lines are measured. Mode 1 keeps a document
+    alone, as a prompt is continued, which has no [EOS] before it. Mode 2 lets all of the row be seen, so that the model
+    knows long contexts too.
+
+        tokens            E a b E c      (E is [EOS])
+        segments, mode 0  1 1 1 2 2      c sees E c
+        segments, mode 1  0 1 1 1 2      c sees c; the second E sees a b E and predicts c
+        segments, mode 2  0 0 0 0 0      c sees all
+    """
+    is_eos = (tokens == data.EOS_ID).astype(jnp.int32)
+    started = jnp.cumsum(is_eos, axis=1)
+    mode = modes[:, None]
+    segments = jnp.where(mode == 0, started, jnp.where(mode == 1, started - is_eos, 0))
+    is_same = segments[:, :, None] == segments[:, None, :]
+    return (is_same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)))[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "training", "num_steps"), donate_argnames="state")
-def _train_steps(
-    state: _TrainState, stream: Array, starts: Array, *, config: ModelConfig, training: TrainingConfig, num_steps: int
-) -> tuple[_TrainState, Array]:
-    """Several steps in one program, so that the host is never in the way. Returns the mean loss."""
-    optimizer = _optimizer(training)
+def loss(
+    leaves: Sequence[Array],
+    rows: Int[Array, "B T1"],
+    modes: Int[Array, " B"],
+    key: Key[Array, ""],
+    *,
+    config: TrainConfig,
+    definition: ModelDef,
+) -> Float[Array, ""]:
+    """Mean cross entropy (nats) of each row's tokens after the first; runs inside `jax.shard_map`."""
+    model = definition.merge([leaf.astype(definition.config.jax_dtype) for leaf in leaves])
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    rotary = rotary_tables(jnp.arange(tokens.shape[1])[None], definition.config)
+    is_visible = visible(tokens, modes)
 
-    def step(_: Array, carry: tuple[_TrainState, Array]) -> tuple[_TrainState, Array]:
-        state, total = carry
-        batch_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), state.step))
-        rows = _batch(batch_key, stream, starts, training)
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        is_dropped = jax.random.bernoulli(dropout_key, training.token_dropout, tokens.shape)
-        tokens = jnp.where(is_dropped, _MASK_ID, tokens)
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        return jax.nn.dot_product_attention(q, k, v, mask=is_visible, implementation="xla"), ()
 
-        def loss_of(leaves: list[Array]) -> Array:
-            cast = [leaf.astype(config.jax_dtype) for leaf in leaves]
-            return jnp.mean(_losses(cast, tokens, targets, config))
+    def dropout(x: Array, layer: int) -> Array:
+        if not config.dropout:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - config.dropout, x.shape)
+        return jnp.where(keep, x / (1 - config.dropout), 0.0)
 
-        loss, grads = jax.value_and_grad(loss_of)(state.leaves)
+    # As products with one-hot rows: summing gradients into rows of the table is slow on GPUs and in no fixed order.
+    one_hot = functools.partial(jax.nn.one_hot, num_classes=definition.config.vocab_size)
+    x = linear(one_hot(tokens, dtype=definition.config.jax_dtype), model.embed.embedding[...].T, jnp.float32)
+    x = dropout(x, 0)
+    for layer, block in enumerate(model.blocks, start=1):
+        y, _ = block(x, attend)
+        x = x + dropout(y - x, layer)
+    hidden = layer_norm(x, model.ln_f_scale[...], model.ln_f_bias[...], definition.config)
+    return jnp.mean(optax.softmax_cross_entropy(model.logits(hidden), one_hot(targets)))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "definition", "mesh"), donate_argnames=("state",))
+def train_chunk(
+    state: TrainState,
+    stream: Int[Array, " tokens"],
+    starts: Int[Array, " documents"],
+    num_steps: Int[Array, ""],
+    *,
+    config: TrainConfig,
+    definition: ModelDef,
+    mesh: Mesh,
+) -> tuple[TrainState, Float[Array, " steps"]]:
+    """``config.chunk`` steps and the loss of each. Rows are drawn on the device: the host only starts chunks.
+
+    Args:
+        state: donated.
+        stream: the training documents, see `data`.
+        starts: where in it a row may start: at the [EOS] before a document.
+        num_steps: length of the schedule. Traced, so that it may change on the way.
+    """
+    leaf_specs: Any = definition.leaf_specs()
+    loss_and_grads = jax.shard_map(
+        jax.value_and_grad(functools.partial(loss, config=config, definition=definition)),
+        mesh=mesh,
+        in_specs=(leaf_specs, _SCALAR, _SCALAR, _SCALAR),
+        out_specs=(_SCALAR, leaf_specs),
+        check_vma=False,
+    )
+    optimizer = _optimizer(config, definition, num_steps)
+
+    def step(state: TrainState, _: None) -> tuple[TrainState, Array]:
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        start_key, mode_key, dropout_key = jax.random.split(key, 3)
+        first = jax.random.choice(start_key, starts, (config.batch,))
+        rows = stream[first[:, None] + jnp.arange(config.row_len + 1)].astype(jnp.int32)
+        modes = jax.random.choice(mode_key, 3, (config.batch,), p=jnp.array([0.4, 0.4, 0.2]))
+        value, grads = loss_and_grads(state.leaves, rows, modes, dropout_key)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.leaves)
         leaves = optax.apply_updates(state.leaves, updates)
-        averaged = optax.incremental_update(leaves, state.averaged, 1 - training.ema_decay)
-        return _TrainState(leaves, averaged, optimizer_state, state.step + 1), total + loss
+        # At first over all steps so far, or the random start would stay in the average for a long time.
+        decay = jnp.minimum(config.ema_decay, state.step / (state.step + 10.0))
+        averages = optax.incremental_update(leaves, state.averages, 1 - decay)
+        return TrainState(state.step + 1, leaves, averages, optimizer_state), value
 
-    state, total = jax.lax.fori_loop(0, num_steps, step, (state, jnp.float32(0)))
-    return state, total / num_steps
+    return jax.lax.scan(step, state, length=config.chunk)
 
 
-def train_model(
-    data: pathlib.Path, out: pathlib.Path, config: ModelConfig, training: TrainingConfig, *, steps_per_log: int = 250
-) -> None:
-    """Trains, writes the averaged weights in fp16 as a Hugging Face directory of two shards, and ``training.json``."""
-    compute = dataclasses.replace(config, dtype="bf16" if jax.default_backend() == "gpu" else "fp32")
-    stored = dataclasses.replace(config, dtype="fp16")
-    stream = np.load(data / "train.npy").astype(np.int32)
-    starts = np.concatenate([[0], np.flatnonzero(stream == _EOS_ID)[:-1] + 1]).astype(np.int32)
-    heldout = HeldOut.load(data, config.max_len)
-    masters = random_leaves(dataclasses.replace(config, dtype="fp32"), make_mesh(), seed=training.seed)
-    state = _TrainState(
-        masters, [jnp.copy(leaf) for leaf in masters], _optimizer(training).init(masters), jnp.int32(0)
-    )
-    stream_on_device, starts_on_device = jnp.asarray(stream), jnp.asarray(starts)
-    log = []
-    begin = time.monotonic()
-    for done in range(0, training.steps, steps_per_log):
-        num_steps = min(steps_per_log, training.steps - done)
-        state, loss = _train_steps(
-            state, stream_on_device, starts_on_device, config=compute, training=training, num_steps=num_steps
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    directory: pathlib.Path,
+    run_directory: pathlib.Path,
+    *,
+    max_minutes: float | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains on the streams in ``directory``; writes ``training.json`` and ``weights.npz`` into ``run_directory``.
+
+    Kept are the averages at the step with the best validation loss, in ``model_config.dtype``. The same seed and number
+    of steps give the same weights on the same machine.
+
+    Args:
+        max_minutes: if ``config.steps`` would take longer, judged by the second chunk (the first compiles), the
+            schedule becomes as short as this asks; ``steps`` in ``training.json`` is what was run.
+    """
+    streams, facts = data.load(directory)
+    if len(streams["train"]) <= config.row_len:
+        raise InputError(f"row_len {config.row_len} is longer than the {len(streams['train'])} tokens of {directory}")
+    mesh = make_mesh()
+    # Measured in the dtype it is trained in; what is exported is measured again in f32.
+    definition = model_def(dataclasses.replace(model_config, dtype=config.dtype))
+    ends = np.flatnonzero(streams["train"] == data.EOS_ID)
+    starts = jnp.asarray(ends[ends + config.row_len < len(streams["train"])])
+    stream = jnp.asarray(streams["train"])
+    state = initial_state(config, definition, mesh)
+    history: list[dict[str, Any]] = []
+    num_steps, step, best, best_step, kept = config.steps, 0, math.inf, 0, state.averages
+    begin = time.perf_counter()
+    while step < num_steps:
+        state, losses = train_chunk(
+            state, stream, starts, jnp.int32(num_steps), config=config, definition=definition, mesh=mesh
         )
-        cast = [leaf.astype(compute.jax_dtype) for leaf in state.averaged]
-        entry = {"step": done + num_steps, "seconds": round(time.monotonic() - begin, 1), "train_loss": float(loss)}
-        log.append({**entry, **{f"heldout_{name}": value for name, value in evaluate(cast, compute, heldout).items()}})
-        print(json.dumps(log[-1]), flush=True)
-    leaves = [leaf.astype(stored.jax_dtype) for leaf in state.averaged]
-    run = {
-        "training": dataclasses.asdict(training),
-        "model": dataclasses.asdict(stored),
-        "parameters": sum(leaf.size for leaf in leaves),
-        "train": json.loads((data / "train.json").read_text()),
-        "heldout": json.loads((data / "heldout.json").read_text()),
-        "tokens_seen": training.steps * training.batch_rows * training.row_len,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "final": evaluate([leaf.astype(jnp.float32) for leaf in leaves], dataclasses.replace(config, dtype="fp32"), heldout),
-        "log": log,
+        step += config.chunk
+        mean_loss = float(losses.mean())
+        if not math.isfinite(mean_loss):
+            raise RuntimeError(f"the loss is {mean_loss} at step {step}")
+        leaves = [leaf.astype(param.dtype) for leaf, param in zip(state.averages, definition.params, strict=True)]
+        measured = data.measure(
+            leaves, definition, mesh, streams["validation"], facts["validation"]["characters"], batch=256
+        )
+        record = {
+            "step": step,
+            "seconds": round(time.perf_counter() - begin, 2),
+            "train_loss": round(mean_loss, 4),
+            "validation_bits_per_char": round(measured.bits_per_char, 5),
+            "validation_perplexity": round(measured.perplexity, 3),
+        }
+        log(json.dumps(record))
+        history.append(record)
+        if measured.bits_per_char < best:
+            best, best_step, kept = measured.bits_per_char, step, [jnp.copy(leaf) for leaf in state.averages]
+        if max_minutes is not None and len(history) == 2:
+            seconds_left = 60 * max_minutes - history[1]["seconds"]
+            chunks_left = int(seconds_left / (history[1]["seconds"] - history[0]["seconds"]))
+            num_steps = min(num_steps, step + max(chunks_left, 0) * config.chunk)
+    device = jax.devices()[0]
+    result = {
+        "model": model_config.to_hf_dict(),
+        "settings": dataclasses.asdict(config) | {"steps": num_steps},
+        "data": facts,
+        "device": device.device_kind,
+        "versions": {"jax": jax.__version__, "optax": optax.__version__, "python": sys.version.split()[0]},
+        "seconds": round(time.perf_counter() - begin, 1),
+        "tokens_seen": num_steps * config.batch * config.row_len,
+        "epochs": round(num_steps * config.batch * config.row_len / len(streams["train"]), 2),
+        "best_step": best_step,
+        "validation_bits_per_char": best,
+        "history": history,
     }
-    # Two shards with an index, so that the shipped files pass through the loader's general case.
-    num_bytes = sum(leaf.nbytes for leaf in leaves)
-    checkpoint.save_pretrained(
-        out, stored, leaves, max_shard_bytes=int(num_bytes * 0.55), tokenizer_files=[data / _TOKENIZER_FILE]
+    run_directory.mkdir(parents=True, exist_ok=True)
+    arrays = {param.path: leaf for param, leaf in zip(definition.params, kept, strict=True)}
+    export.write_run(run_directory, result, arrays, model_config)
+    return result
+
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+_Corpus = Annotated[pathlib.Path, typer.Option(help="Folder of the corpus' text files.")]
+_Data = Annotated[pathlib.Path, typer.Option("--data", help="Folder of the token streams.")]
+_Tokenizer = Annotated[pathlib.Path, typer.Option("--tokenizer", help="SentencePiece model.")]
+
+
+@app.command("tokenizer")
+def _tokenizer(
+    corpus: _Corpus, out: Annotated[pathlib.Path, typer.Option(help="SentencePiece model to write.")]
+) -> None:
+    """Train the tokenizer on the training text."""
+    out.write_bytes(data.train_tokenizer(corpus, DEMO.vocab_size))
+
+
+@app.command("prepare")
+def _prepare(
+    corpus: _Corpus,
+    out: Annotated[pathlib.Path, typer.Option(help="Folder for the token streams.")],
+    tokenizer: _Tokenizer = DIRECTORY / "tokenizer.model",
+) -> None:
+    """Tokenize the corpus: all that training and export read."""
+    print(json.dumps(data.prepare(corpus, tokenizer, out), indent=1))
+
+
+@app.command("model")
+def _model(
+    directory: _Data,
+    out: Annotated[pathlib.Path, typer.Option(help="Folder of this run.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = TrainConfig.steps,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = TrainConfig.learning_rate,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = TrainConfig.weight_decay,
+    dropout: Annotated[float, typer.Option(help="Rate.")] = TrainConfig.dropout,
+    seed: Annotated[int, typer.Option(help="Of weights, rows and dropout.")] = TrainConfig.seed,
+    max_minutes: Annotated[float | None, typer.Option(help="Fewer steps if these would take longer.")] = None,
+) -> None:
+    """Train the model."""
+    config = TrainConfig(
+        steps=steps, learning_rate=learning_rate, weight_decay=weight_decay, dropout=dropout, seed=seed
     )
-    write_json(out / "training.json", run)
-    print(json.dumps(run["final"]))
+    train(DEMO, config, directory, out, max_minutes=max_minutes, log=functools.partial(print, flush=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line that the module's docstring shows."""
-    parser = argparse.ArgumentParser(prog="python -m kogpt_jax.demo.train")
-    commands = parser.add_subparsers(dest="command", required=True)
-    tokenizer = commands.add_parser("tokenizer", help="train the tokenizer")
-    tokenizer.add_argument("--corpus", type=pathlib.Path, required=True)
-    tokenizer.add_argument("--out", type=pathlib.Path, required=True)
-    ids = commands.add_parser("prepare", help="turn the corpus into token ids")
-    ids.add_argument("--corpus", type=pathlib.Path, required=True)
-    ids.add_argument("--data", type=pathlib.Path, required=True)
-    model = commands.add_parser("model", help="train the model")
-    model.add_argument("--data", type=pathlib.Path, required=True)
-    model.add_argument("--out", type=pathlib.Path, required=True)
-    for field in dataclasses.fields(TrainingConfig):
-        flag = "--" + field.name.replace("_", "-")
-        model.add_argument(flag, type=type(field.default), default=field.default)
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "tokenizer":
-        train_tokenizer(chosen.corpus, chosen.out)
-    elif chosen.command == "prepare":
-        prepare(chosen.corpus, chosen.data)
-    else:
-        names = (field.name for field in dataclasses.fields(TrainingConfig))
-        train_model(chosen.data, chosen.out, DEMO, TrainingConfig(**{name: getattr(chosen, name) for name in names}))
+@app.command("export")
+def _export(
+    runs: Annotated[list[pathlib.Path], typer.Argument(help="Folders of runs; the best on validation is taken.")],
+    directory: _Data,
+    out: Annotated[pathlib.Path, typer.Option(help="Folder to write, in Hugging Face layout.")],
+    baseline: Annotated[pathlib.Path | None, typer.Option(help="JSON of benchmarks/char_ngram.py.")] = None,
+    tokenizer: _Tokenizer = DIRECTORY / "tokenizer.model",
+) -> None:
+    """Measure the best run on the held-out lines and write it with its model card."""
+    print(json.dumps(export.export(runs, directory, out, tokenizer, baseline)["heldout"], indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    runtime.configure()
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
