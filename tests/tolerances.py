@@ -47,6 +47,15 @@ ROW_ALONE_VS_BATCH = {
         4e-3, "11 bits of mantissa: one ulp is 2^-11, and a tile's other order may flip a rounding in each layer."
     ),
 }
+CACHED_VS_WHOLE = {
+    "fp32": Tolerance(
+        1e-5, "one query over cached keys against all queries at once: the same products, summed in another order."
+    ),
+    "bf16": Tolerance(3e-2, "8 bits of mantissa: attention's weights are rounded once on one way only, in each layer."),
+    "fp16": Tolerance(
+        4e-3, "11 bits of mantissa: attention's weights are rounded once on one way only, in each layer."
+    ),
+}
 MODULE = {
     "fp32": Tolerance(2e-6, "one module in f32: some dozens of roundings of 2^-24."),
     "bf16": Tolerance(

@@ -1,0 +1,239 @@
+"""The paged cache: against a plain numpy model, and that nothing but a row's own tokens reaches its results."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+import tolerances
+from small_model import CONFIG, greedy, prompt
+
+from kogpt_jax import KoGPT, decoding, kv_cache
+from kogpt_jax.config import ModelConfig
+from kogpt_jax.kv_cache import PAGE_LEN, KVCache
+from kogpt_jax.sharding import make_mesh
+
+append = jax.jit(kv_cache.append)
+gather = jax.jit(kv_cache.gather)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes of a call: how the phases use the cache, and sizes that nothing divides."""
+
+    batch: int
+    num_new: int
+    num_heads: int
+    head_dim: int
+    max_pages: int
+    spare_pages: int  # of the pool, in no page table
+    dtype: str
+
+
+CASES = [
+    Case(batch=3, num_new=1, num_heads=2, head_dim=4, max_pages=3, spare_pages=5, dtype="float32"),
+    Case(batch=2, num_new=150, num_heads=3, head_dim=8, max_pages=3, spare_pages=1, dtype="float32"),
+    Case(batch=5, num_new=7, num_heads=1, head_dim=6, max_pages=2, spare_pages=9, dtype="float16"),
+    Case(batch=1, num_new=64, num_heads=2, head_dim=2, max_pages=1, spare_pages=1, dtype="bfloat16"),
+]
+
+
+def random_pool(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """A pool of random pages, and a page table that hands them out in no order; the last page is the scratch page."""
+    num_pages = case.batch * case.max_pages + case.spare_pages
+    pages = rng.normal(size=(num_pages, case.num_heads, PAGE_LEN, case.head_dim)).astype(jnp.dtype(case.dtype))
+    ids = rng.permutation(num_pages - 1)[: case.batch * case.max_pages]
+    return pages, ids.reshape(case.batch, case.max_pages).astype(np.int32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_append_writes_valid_tokens_where_the_table_says_and_nothing_else(case):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        pages, page_table = random_pool(rng, case)
+        capacity = case.max_pages * PAGE_LEN
+        # Rows begin anywhere, in the middle of a page and before and behind its border among others.
+        starts = rng.integers(0, capacity - case.num_new + 1, case.batch)
+        starts[0] = min(PAGE_LEN - 1, capacity - case.num_new)
+        positions = starts[:, None] + np.arange(case.num_new)
+        is_valid = rng.random(positions.shape) < (0.0, 0.3, 0.7, 0.9, 1.0)[seed]
+        # A finished row stands at the end of what its pages hold; its token is not valid.
+        positions[-1, -1] += (not is_valid[-1, -1]) * capacity
+        new = rng.normal(size=(*positions.shape, case.num_heads, case.head_dim)).astype(np.float32)
+
+        expected = pages.copy()
+        for b, t in zip(*np.nonzero(is_valid), strict=True):
+            page = page_table[b, positions[b, t] // PAGE_LEN]
+            expected[page, :, positions[b, t] % PAGE_LEN] = new[b, t].astype(pages.dtype)
+        actual = append(pages, new, page_table, positions.astype(np.int32), is_valid)
+        assert actual.dtype == pages.dtype
+        np.testing.assert_array_equal(actual[:-1], expected[:-1], err_msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gather_reads_a_rows_pages_in_order(case):
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        pages, page_table = random_pool(rng, case)
+        rows = np.asarray(gather(pages, page_table))
+        assert rows.dtype == pages.dtype
+        for b in range(case.batch):
+            for j in range(case.max_pages * PAGE_LEN):
+                page = page_table[b, j // PAGE_LEN]
+                np.testing.assert_array_equal(rows[b, j // PAGE_LEN, :, j % PAGE_LEN], pages[page, :, j % PAGE_LEN])
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 127, 128, 129, 192])
+def test_valid_tokens_are_those_before_the_length(length):
+    lengths = jnp.asarray([length, 192 - length], jnp.int32)
+    is_valid = np.asarray(kv_cache.valid_tokens(lengths, 3)).reshape(2, 192)
+    np.testing.assert_array_equal(is_valid[0], np.arange(192) < length)
+    np.testing.assert_array_equal(is_valid[1], np.arange(192) < 192 - length)
+
+
+def test_a_new_cache_gives_each_row_pages_of_its_own():
+    cache = kv_cache.make_kv_cache(CONFIG, make_mesh(), 3, 130)
+    page_table = np.asarray(cache.page_table)
+    num_pages = cache.k[0].shape[0]
+    assert cache.max_len == 192
+    assert page_table.shape == (3, 3)
+    assert len(set(page_table.flat)) == 9
+    assert page_table.min() >= 0
+    assert page_table.max() < num_pages - 1, "the scratch page stands in the table"
+    assert np.all(np.asarray(cache.lengths) == 0)
+    assert len(cache.k) == len(cache.v) == CONFIG.num_layers
+    for pages in (*cache.k, *cache.v):
+        assert pages.shape == (num_pages, CONFIG.num_heads, PAGE_LEN, CONFIG.head_dim)
+        assert pages.dtype == CONFIG.jax_dtype
+
+
+def test_specs_have_the_structure_of_a_cache():
+    cache = kv_cache.make_kv_cache(CONFIG, make_mesh(), 2, 64)
+    specs = kv_cache.cache_specs(CONFIG.num_layers)
+    is_spec = {"is_leaf": lambda node: isinstance(node, jax.sharding.PartitionSpec)}
+    assert jax.tree.structure(specs, **is_spec) == jax.tree.structure(cache)
+    for spec, array in zip(jax.tree.leaves(specs, **is_spec), jax.tree.leaves(cache), strict=True):
+        assert len(spec) == array.ndim
+
+
+def cache_bytes(config: ModelConfig, batch: int, max_len: int) -> int:
+    cache = jax.eval_shape(lambda: kv_cache.make_kv_cache(config, make_mesh(), batch, max_len))
+    return sum(pages.size * pages.dtype.itemsize for pages in (*cache.k, *cache.v))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("max_len", [1, 63, 64, 65, 128, 150])
+def test_bytes_per_row_are_those_of_the_arrays(dtype, max_len):
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    per_row = kv_cache.cache_bytes_per_row(config, max_len)
+    assert cache_bytes(config, 5, max_len) - cache_bytes(config, 2, max_len) == 3 * per_row
+    scratch_bytes = 2 * config.num_layers * PAGE_LEN * config.model_dim * config.jax_dtype.itemsize
+    assert cache_bytes(config, 2, max_len) == 2 * per_row + scratch_bytes
+    assert kv_cache.pages_per_row(max_len) == {1: 1, 63: 1, 64: 1, 65: 2, 128: 2, 150: 3}[max_len]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> KoGPT:
+    return small_model.load(tmp_path_factory.mktemp("small"))
+
+
+PROMPTS = [prompt(length) for length in (62, 1, 63, 64, 65, 127, 128, 129)]
+# Greedy and sampled rows: what should not count must not count for either.
+PARAMS = [
+    dataclasses.replace(greedy(12), temperature=0.8 * (index % 2), top_p=0.9, seed=index)
+    for index in range(len(PROMPTS))
+]
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    return engine.generate_ids(PROMPTS, PARAMS)
+
+
+def with_cache(monkeypatch: pytest.MonkeyPatch, change) -> None:
+    """Lets the engine start from a cache that ``change`` has been at."""
+    make = kv_cache.make_kv_cache
+    monkeypatch.setattr(kv_cache, "make_kv_cache", lambda *args: change(make(*args)))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])
+def test_what_a_page_holds_before_a_token_is_written_reaches_no_result(engine, expected, monkeypatch, poison):
+    def fill(cache: KVCache) -> KVCache:
+        k, v = (tuple(jnp.full_like(pages, poison) for pages in side) for side in (cache.k, cache.v))
+        return dataclasses.replace(cache, k=k, v=v)
+
+    with_cache(monkeypatch, fill)
+    assert engine.generate_ids(PROMPTS, PARAMS) == expected  # log-probabilities bit for bit
+
+
+def test_which_pages_a_row_has_makes_no_difference(engine, expected, monkeypatch):
+    tables = []
+
+    def shuffle(cache: KVCache) -> KVCache:
+        page_table = np.random.default_rng(3).permutation(np.asarray(cache.page_table).ravel())
+        tables.append(page_table)
+        page_table = page_table.reshape(cache.page_table.shape)
+        return dataclasses.replace(cache, page_table=jax.device_put(page_table, cache.page_table.sharding))
+
+    with_cache(monkeypatch, shuffle)
+    assert engine.generate_ids(PROMPTS, PARAMS) == expected
+    assert np.any(np.diff(tables[0]) != 1)
+
+
+def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
+    """Not those behind a prompt, not those of steps after a row has finished, and a padding row writes one token."""
+    marker = 7.0
+    states = []
+
+    def mark(cache: KVCache) -> KVCache:
+        marked = tuple(jnp.full_like(pages, marker) for pages in cache.k)
+        return dataclasses.replace(cache, k=marked, v=tuple(jnp.copy(pages) for pages in marked))
+
+    def watched(*args, **static):
+        state, emitted = decode_loop(*args, **static)
+        states.append(state)
+        return state, emitted
+
+    decode_loop = decoding.decode_loop
+    monkeypatch.setattr(decoding, "decode_loop", watched)
+    with_cache(monkeypatch, mark)
+    prompts = sorted((row for row in PROMPTS if len(row) != 62), key=len, reverse=True)
+    new_lens = (12, 1, 3, 8, 9, 10, 2)
+    engine.generate_ids(prompts, [greedy(new_len) for new_len in new_lens])
+    assert len(states) == 2  # 16 steps for at most 11
+
+    cache = states[-1].cache
+    num_cached = [len(row) + new_len - 1 for row, new_len in zip(prompts, new_lens, strict=True)] + [1]
+    np.testing.assert_array_equal(cache.lengths, num_cached)
+    is_written = np.zeros((cache.k[0].shape[0], PAGE_LEN), bool)
+    for page_ids, length in zip(np.asarray(cache.page_table), num_cached, strict=True):
+        for j in range(length):
+            is_written[page_ids[j // PAGE_LEN], j % PAGE_LEN] = True
+    for pages in (*cache.k, *cache.v):
+        holds_marker = np.all(np.asarray(pages) == marker, axis=(1, 3))
+        np.testing.assert_array_equal(~holds_marker[:-1], is_written[:-1])
+
+
+def test_tokens_behind_a_prompt_do_not_matter(engine, expected, monkeypatch):
+    pad = engine._pad
+
+    def pad_with_noise(rows):
+        tokens, lengths = pad(rows)
+        is_behind = np.arange(tokens.shape[1]) >= lengths[:, None]
+        noise = np.random.default_rng(0).integers(0, CONFIG.vocab_size, tokens.shape)
+        return np.where(is_behind, noise, tokens).astype(tokens.dtype), lengths
+
+    monkeypatch.setattr(engine, "_pad", pad_with_noise)
+    assert engine.generate_ids(PROMPTS, PARAMS) == expected
+
+
+def test_decoding_over_pages_is_the_forward_over_the_whole_text(engine, expected):
+    """Rows whose prompts end just before, at and behind a page's border, and cross it while decoding."""
+    texts = [(*row, *completion.token_ids) for row, completion in zip(PROMPTS, expected, strict=True)]
+    for row, score, completion in zip(PROMPTS, engine.score_ids(texts), expected, strict=True):
+        assert len(completion.token_ids) == 12
+        tolerances.assert_close(
+            completion.logprobs, score.logprobs[len(row) :], tolerances.CACHED_VS_WHOLE["fp32"], f"prompt of {len(row)}"
+        )
