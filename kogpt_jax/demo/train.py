@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kogpt_jax import runtime
@@ -27,7 +27,7 @@ from kogpt_jax.config import DEMO, Dtype, ModelConfig
 from kogpt_jax.demo import DIRECTORY, data, export
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import ModelDef, apply_rotary, layer_norm, linear, model_def, rotary_tables
-from kogpt_jax.sharding import make_mesh, named_sharding
+from kogpt_jax.sharding import make_mesh
 
 _SCALAR: Any = PartitionSpec()
 _DECAYED = ("embedding", "lm_head", "w_in", "w_out")  # the matrices; biases and LayerNorms are left free
@@ -87,10 +87,11 @@ def initial_state(config: TrainConfig, definition: ModelDef, mesh: Mesh) -> Trai
         std = 0.02 if name in _DECAYED else 0.0
         if name == "w_out":
             std /= math.sqrt(2 * definition.config.num_layers)
-        leaf = param.init_mean + std * jax.random.normal(jax.random.fold_in(key, index), param.shape, jnp.float32)
-        leaves.append(jax.device_put(leaf, named_sharding(mesh, param.logical_axes)))
+        noise = jax.random.normal(jax.random.fold_in(key, index), param.shape, jnp.float32)
+        leaves.append(param.init_mean + std * noise)
     optimizer = _optimizer(config, definition, jnp.int32(config.steps))
-    return TrainState(jnp.int32(0), leaves, [jnp.copy(leaf) for leaf in leaves], optimizer.init(leaves))
+    state = TrainState(jnp.int32(0), leaves, [jnp.copy(leaf) for leaf in leaves], optimizer.init(leaves))
+    return jax.device_put(state, NamedSharding(mesh, _SCALAR))
 
 
 def _optimizer(config: TrainConfig, definition: ModelDef, num_steps: Int[Array, ""]) -> optax.GradientTransformation:
@@ -207,7 +208,9 @@ def train_chunk(
         averages = optax.incremental_update(leaves, state.averages, 1 - decay)
         return TrainState(state.step + 1, leaves, averages, optimizer_state), value
 
-    return jax.lax.scan(step, state, length=config.chunk)
+    state, losses = jax.lax.scan(step, state, length=config.chunk)
+    # As it came in, or the second chunk would be compiled anew.
+    return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, _SCALAR)), losses
 
 
 def train(
