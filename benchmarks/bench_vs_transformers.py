@@ -10,11 +10,9 @@ where ours is slower anywhere or the text differs.
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,6 +37,8 @@ TEXTS = (
 # Where the two best logits are this close, relative to the largest, f32 decides nothing and the texts may part.
 TIE = 1e-5
 NUM_READS = 20
+# With other processes on the cores, PyTorch's threads wait for one another ten times longer than they compute.
+BUSY_LOAD = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +158,12 @@ def run_transformers(workload: Workload, variant: str) -> dict[str, Any]:
 def run_in_child(system: str, workload: Workload) -> dict[str, Any]:
     """Runs one system in a process of its own."""
     threads = str(len(workload.cores))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     process = subprocess.run(
         [sys.executable, __file__, "--child", system],
         input=json.dumps(dataclasses.asdict(workload)),
         stdout=subprocess.PIPE,
-        env=environment,
+        env=variables,
         text=True,
         check=True,
     )
@@ -200,37 +200,51 @@ def first_difference(ours: list[int], theirs: list[int], gaps: list[float]) -> s
     return None
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to judge the times: processor, versions, commit."""
-    cpu = next((line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    packages = ("kogpt-jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers")
-    root = pathlib.Path(__file__).resolve().parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True
-    )
-    return {
-        "cpu": cpu.partition(":")[2].strip() or platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
-    }
-
-
 def print_table(rows: list[dict[str, Any]], fastest: dict[int, dict[str, Any]], roofline_step_ms: float) -> None:
     """One line a batch and system; the ratio is the time of Hugging Face's fastest way over this one's."""
     print(
-        f"{'batch':>5} {'system':<24} {'total ms':>9} {'tok/s':>8} {'first ms':>9} {'step ms':>8} {'roofline':>9} ratio"
+        f"{'batch':>5} {'system':<34} {'total ms':>9} {'tok/s':>8} {'first ms':>9} {'step ms':>8} {'roofline':>9} ratio"
     )
     for row in sorted(rows, key=lambda row: (row["batch"], row["total_ms"])):
         ratio = fastest[row["batch"]]["total_ms"] / row["total_ms"]
         print(
-            f"{row['batch']:>5} {row['system']:<24} {row['total_ms']:>9.1f} {row['tokens_per_s']:>8.0f} "
+            f"{row['batch']:>5} {row['system']:<34} {row['total_ms']:>9.1f} {row['tokens_per_s']:>8.0f} "
             f"{row['first_token_ms']:>9.2f} {row['decode_step_ms']:>8.3f} {roofline_step_ms:>9.3f} {ratio:.2f}"
         )
 
 
-def main() -> int:
+def compare(outputs: dict[str, dict[str, Any]], workload: Workload) -> dict[str, Any]:
+    """Prints the table and gives the part of the report that the children's outputs decide."""
+    rows = [{"system": system, **result} for system, output in outputs.items() for result in output["results"]]
+    fastest = {
+        batch: min(
+            (row for row in rows if row["batch"] == batch and row["system"] != OURS), key=lambda row: row["total_ms"]
+        )
+        for batch in workload.batches
+    }
+    hf_output = next(output for system, output in outputs.items() if system != OURS)
+    weight_bytes = hf_output["weight_bytes"]
+    os.sched_setaffinity(0, workload.cores)
+    roofline_step_ms = weight_bytes / read_rate(weight_bytes, len(workload.cores)) * 1e3
+    print_table(rows, fastest, roofline_step_ms)
+    differences = [
+        f"batch {row['batch']} row {index} of {row['system']}: {difference}"
+        for row in rows
+        for index, (tokens, expected) in enumerate(zip(row["tokens"], fastest[row["batch"]]["tokens"], strict=True))
+        if (difference := first_difference(tokens, expected, hf_output["gaps"][index])) is not None
+    ]
+    return {
+        "ratio_by_batch": {
+            row["batch"]: fastest[row["batch"]]["total_ms"] / row["total_ms"] for row in rows if row["system"] == OURS
+        },
+        "differences": differences,
+        "weight_bytes": weight_bytes,
+        "roofline_step_ms": roofline_step_ms,
+        "results": [{key: value for key, value in row.items() if key != "tokens"} for row in rows],
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="'demo' or a Hugging Face directory with a tokenizer")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -241,61 +255,51 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=HF_VARIANTS, default=HF_VARIANTS, help="Hugging Face's ways")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
+    if args.threads > len(os.sched_getaffinity(0)):
+        parser.error(f"--threads {args.threads}, but this process may use {len(os.sched_getaffinity(0))} cores")
+    if not 1 <= min(args.batches) <= max(args.batches) <= len(TEXTS):
+        parser.error(f"--batches must lie between 1 and {len(TEXTS)}, got {args.batches}")
+    return args
 
+
+def main() -> int:
+    args = parse_arguments()
+
+    import jax
+    from environment import environment
+
+    from kogpt_jax import demo
     from kogpt_jax.tokenizer import load_tokenizer
 
-    cores = sorted(os.sched_getaffinity(0))[: args.threads]
-    if len(cores) < args.threads:
-        parser.error(f"--threads {args.threads}, but this process may use {len(cores)} cores")
-    if not 1 <= max(args.batches) <= len(TEXTS):
-        parser.error(f"--batches must lie between 1 and {len(TEXTS)}, got {args.batches}")
-    model_dir = str(DEMO_DIR) if args.model == "demo" else args.model
+    jax.config.update("jax_platforms", "cpu")
+    model_dir = str(demo.DIRECTORY) if args.model == "demo" else args.model
     tokenizer = load_tokenizer(model_dir)
     prompts = [tokenizer.encode(text)[: args.prompt_tokens] for text in TEXTS[: max(args.batches)]]
-    if {len(prompt) for prompt in prompts} != {args.prompt_tokens}:
-        parser.error(f"--prompt-tokens {args.prompt_tokens} is more than the shortest text has")
+    shortest = min(len(prompt) for prompt in prompts)
+    if shortest < args.prompt_tokens:
+        print(f"--prompt-tokens {args.prompt_tokens}, but a text has only {shortest} tokens", file=sys.stderr)
+        return 2
+    cores = sorted(os.sched_getaffinity(0))[: args.threads]
     workload = Workload(model_dir, prompts, args.batches, args.new_tokens, args.repeats, cores)
-
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD:
+        print(f"load average {load:.1f}: other processes are running, these times say little", file=sys.stderr)
     outputs = {OURS: run_in_child(OURS, workload)}
     outputs |= {f"transformers {variant}": run_in_child(variant, workload) for variant in args.variants}
-    rows = [{"system": system, **result} for system, output in outputs.items() for result in output["results"]]
-    theirs = [row for row in rows if row["system"] != OURS]
-    fastest = {
-        batch: min((row for row in theirs if row["batch"] == batch), key=lambda row: row["total_ms"])
-        for batch in args.batches
-    }
-    some_hf = next(output for system, output in outputs.items() if system != OURS)
-    os.sched_setaffinity(0, cores)
-    roofline_step_ms = some_hf["weight_bytes"] / read_rate(some_hf["weight_bytes"], args.threads) * 1e3
-    print_table(rows, fastest, roofline_step_ms)
-
-    wrong = [
-        f"batch {row['batch']} row {index} {row['system']}: {difference}"
-        for row in rows
-        for index, (tokens, expected) in enumerate(zip(row["tokens"], fastest[row["batch"]]["tokens"], strict=True))
-        if (difference := first_difference(tokens, expected, some_hf["gaps"][index])) is not None
-    ]
-    ratios = {
-        row["batch"]: fastest[row["batch"]]["total_ms"] / row["total_ms"] for row in rows if row["system"] == OURS
-    }
-    slower = [
-        f"batch {batch}: {ratio:.2f} times as fast as transformers" for batch, ratio in ratios.items() if ratio < 1
-    ]
+    comparison = compare(outputs, workload)
     if args.out is not None:
-        report = {
-            **environment(),
-            "workload": dataclasses.asdict(workload) | {"model_dir": args.model},
-            "dtype": "fp32",
-            "weight_bytes": some_hf["weight_bytes"],
-            "roofline_step_ms": roofline_step_ms,
-            "ratio_by_batch": ratios,
-            "same_tokens": not wrong,
-            "results": [{key: value for key, value in row.items() if key != "tokens"} for row in rows],
-        }
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for problem in wrong + slower:
+        arguments = {name: value for name, value in vars(args).items() if name != "out"}
+        setting = arguments | {"dtype": "fp32", "load_average": load}
+        report = {"environment": environment(), "workload": setting, **comparison}
+        args.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    problems = comparison["differences"] + [
+        f"batch {batch}: only {ratio:.2f} times as fast as transformers"
+        for batch, ratio in comparison["ratio_by_batch"].items()
+        if ratio < 1
+    ]
+    for problem in problems:
         print(problem, file=sys.stderr)
-    return 1 if wrong or slower else 0
+    return 1 if problems else 0
 
 
 def child(system: str) -> None:

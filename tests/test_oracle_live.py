@@ -15,7 +15,7 @@ import tolerances
 from golden_cases import NEW_TOKENS
 from hash_weights import hash_prompt
 
-from kogpt_jax import KoGPT, SamplingParams
+from kogpt_jax import KoGPT, SamplingParams, demo
 
 pytestmark = pytest.mark.oracle
 
@@ -193,10 +193,8 @@ def test_hugging_face_loads_what_we_save(
 
 
 def test_demo_model(torch: ModuleType, oracle: ModuleType) -> None:
-    from kogpt_jax import engine as engine_module
-
     engine = KoGPT.from_pretrained("demo", dtype="fp32")
-    model = oracle.load(engine_module.DEMO_DIR)
+    model = oracle.load(demo.DIRECTORY)
     prompts = [engine.tokenizer.encode(text) for text in DEMO_PROMPTS]
     for prompt in prompts:
         tolerances.assert_close(
