@@ -1,9 +1,10 @@
 """How well do characters predict? Held-out bits per character of a character 5-gram model, the demo model's baseline.
 
-Interpolated modified Kneser-Ney (Chen and Goodman 1999), discounts from the counts of counts of each order. It is trained
-on the text that the demo model is trained on (its validation lines too) and measured on the same characters: those of each
-held-out line and one for its end. One start symbol stands before a line and is never predicted; n-grams that begin with it
-keep their plain counts, because nothing can stand before them. Needs 1.1 GB of memory and a quarter of a minute.
+Interpolated modified Kneser-Ney (Chen and Goodman 1999), discounts from the counts of counts of each order. It is
+trained on the text that the demo model is trained on (its validation lines too) and measured on the same characters:
+those of each held-out line and one for its end. One start symbol stands before a line and is never predicted; n-grams
+that begin with it keep their plain counts, because nothing can stand before them. Needs 1.1 GB of memory and a quarter
+of a minute.
 
     python benchmarks/char_ngram.py --corpus CORPUS --json benchmarks/results/char_ngram.json
 """
@@ -75,7 +76,7 @@ class CharNgram:
         return -np.log2(np.where(targets == _UNKNOWN, probs / num_unseen, probs))
 
     def _windows(self, lines: Sequence[str]) -> np.ndarray:
-        """Each predicted symbol and the ``ORDER - 1`` before it, int16 [symbols, ORDER]; start symbols fill the front."""
+        """Each predicted symbol after the ``ORDER - 1`` before it, int16 [symbols, ORDER], start symbols in front."""
         start = np.full(ORDER - 1, _START, np.int16)
         end = np.array([_END], np.int16)
         stream = np.concatenate([part for line in lines for part in (start, self._ids(line), end)])

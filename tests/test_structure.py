@@ -29,8 +29,8 @@ ORDER = (
     "runtime",
     "demo",
     "demo.data",
-    "demo.train",
     "demo.export",
+    "demo.train",
     "engine",
     "",  # the package itself, which re-exports
     "text_rows",

@@ -1,5 +1,6 @@
 """From finished training runs to the directory that ships: weights in Hugging Face layout, model card, figures."""
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,9 @@ def export(
     ]
     baseline_bits = None if baseline is None else _read_json(baseline)["heldout"]["bits_per_char"]
     checkpoint.save_pretrained(out, config, leaves, max_shard_bytes=_MAX_SHARD_BYTES, tokenizer_files=[tokenizer_file])
+    figures["weights_sha256"] = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.glob("*.safetensors"))
+    }
     (out / FIGURES_FILE).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / CARD_FILE).write_text(model_card(figures, baseline_bits), encoding="utf-8")
     return figures

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import typer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt16
 
 from kogpt_jax import runtime
 from kogpt_jax.config import DEMO, Dtype, ModelConfig
@@ -168,7 +168,7 @@ def loss(
 @functools.partial(jax.jit, static_argnames=("config", "definition", "mesh"), donate_argnames=("state",))
 def train_chunk(
     state: TrainState,
-    stream: Int[Array, " tokens"],
+    stream: UInt16[Array, " tokens"],
     starts: Int[Array, " documents"],
     num_steps: Int[Array, ""],
     *,
