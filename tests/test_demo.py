@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from benchmarks import char_ngram
 from kogpt_jax import DEMO, InputError, KoGPT, ModelConfig, checkpoint
 from kogpt_jax.demo import DIRECTORY, data, export, train
 from kogpt_jax.model import model_def, random_leaves
 from kogpt_jax.sharding import make_mesh
 from kogpt_jax.tokenizer import load_tokenizer
 
-RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 TINY = ModelConfig(
     vocab_size=64,
     max_len=64,
@@ -179,7 +180,7 @@ def test_ngram_probabilities_sum_to_one():
     alphabet = np.array([chr(code) for code in range(ord("가"), ord("가") + 1000)])
     odds = 1 / np.arange(1, 1001) ** 1.3
     lines = ["".join(rng.choice(alphabet, rng.integers(1, 20), p=odds / odds.sum())) for _ in range(2000)]
-    model = char_ngram.CharNgram(lines)
+    model = runpy.run_path(str(BENCHMARKS / "char_ngram.py"))["CharNgram"](lines)
     num_unseen = 0x110000 - 0x800 - len(model.codes)
     for context in ("", "가", "각갂", "가가각각가", "ZZ", "가Z각"):
         after = len(context)
