@@ -70,7 +70,10 @@ class TestShipped:
         in_order, in_disorder = engine.score(
             ["정말 재미있게 봤습니다. 감동적인 영화였어요.", "영화였어요. 봤습니다. 정말 감동적인 재미있게"]
         )
-        assert sum(in_order.logprobs[1:]) > sum(in_disorder.logprobs[1:]) + 3
+        in_order_total, in_disorder_total = (
+            sum(logprob for logprob in score.logprobs if logprob is not None) for score in (in_order, in_disorder)
+        )
+        assert in_order_total > in_disorder_total + 3
 
     def test_beats_five_characters_on_the_same_held_out_text(self):
         ours, baseline = read_results(export.FIGURES_FILE)["heldout"], read_results("char_ngram.json")["heldout"]
@@ -126,7 +129,8 @@ class TestTraining:
         )
         result = train.train(TINY, config, tmp_path, tmp_path / "run", log=lambda line: None)
         assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
-        assert train.train_chunk._cache_size() == 1  # chunks after the first find their program
+        # Chunks after the first find their program.
+        assert train.train_chunk._cache_size() == 1  # type: ignore[attr-defined]  # not in JAX's stubs
         figures = export.export([tmp_path / "run"], tmp_path, tmp_path / "out", DIRECTORY / "tokenizer.model")
         assert figures["heldout"]["perplexity"] < TINY.vocab_size
         assert checkpoint.load_config(tmp_path / "out") == TINY
