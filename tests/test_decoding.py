@@ -1,0 +1,312 @@
+"""The jitted phases: the cache in place, early exit, one look of the host a chunk, and no program compiled twice."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import hlo
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from small_model import CONFIG, greedy, prompt
+
+from kogpt_jax import KoGPT, SamplingParams, decoding, kv_cache
+from kogpt_jax.decoding import NO_TOKEN, DecodeState
+from kogpt_jax.engine import STEPS_PER_CHUNK
+from kogpt_jax.kv_cache import KVCache
+from kogpt_jax.sampling import RowSampling
+
+_COMPILED: list[str] = []
+_BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+def _note_compilation(event: str, duration: float, **_: str | int) -> None:
+    if event == _BACKEND_COMPILE:
+        _COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_compilation)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> KoGPT:
+    return small_model.load(tmp_path_factory.mktemp("small"))
+
+
+# -- In place ---------------------------------------------------------------------------------------------------------
+
+BATCH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A phase, as it is and without donation, with arguments for it."""
+
+    donating: Callable
+    keeping: Callable
+    args: tuple
+    static: dict
+    cache: KVCache
+
+
+def make_call(engine: KoGPT, phase: str) -> Call:
+    """Arguments over a pool eight times as large as what the rows use, so that one copy of it shows."""
+    cache = kv_cache.make_kv_cache(CONFIG, engine.mesh, 8 * BATCH, CONFIG.max_len)
+    cache = dataclasses.replace(cache, page_table=cache.page_table[:BATCH], lengths=cache.lengths[:BATCH])
+    rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
+    ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)
+    static = {"definition": engine._definition, "mesh": engine.mesh}
+    if phase == "prefill":
+        function = decoding.prefill
+        args = (engine._leaves, cache, np.zeros((BATCH, 16), np.int32), ones, ones, ignore_eos, rows)
+        names = ("definition", "mesh")
+    else:
+        function = decoding.decode_loop
+        state = DecodeState(cache, *map(jnp.asarray, (ones, ones, ignore_eos)), rows)
+        args = (engine._leaves, state)
+        static["num_steps"] = STEPS_PER_CHUNK
+        names = ("definition", "mesh", "num_steps")
+    keeping = jax.jit(function.__wrapped__, static_argnames=names)
+    return Call(function, keeping, args, static, cache)
+
+
+@pytest.fixture(scope="module", params=["prefill", "decode_loop"])
+def call(request: pytest.FixtureRequest, engine: KoGPT) -> Call:
+    return make_call(engine, request.param)
+
+
+def test_the_cache_is_updated_in_place(call):
+    compiled = call.donating.lower(*call.args, **call.static).compile()
+    assert hlo.in_place_problems(compiled, (*call.cache.k, *call.cache.v)) == []
+
+
+def test_without_donation_it_is_not(call):
+    """The check above fails where ``donate_argnames`` is removed: nothing is aliased, and each array is copied."""
+    compiled = call.keeping.lower(*call.args, **call.static).compile()
+    problems = hlo.in_place_problems(compiled, (*call.cache.k, *call.cache.v))
+    num_arrays = 2 * CONFIG.num_layers
+    assert f"0 bytes are aliased, the cache has {sum(x.nbytes for x in (*call.cache.k, *call.cache.v))}" in problems
+    assert f"0 of {num_arrays} arrays of pages are aliased to an output" in problems
+    assert sum(problem.startswith("copy makes f32[97,3,64,16]") for problem in problems) == num_arrays
+
+
+PAGES_SHAPE = (97, 3, 64, 16)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def in_place_loop(pages, index):
+    def step(i, pages):
+        return pages.at[index + i].set(1.0, mode="promise_in_bounds")
+
+    return jax.lax.fori_loop(0, 8, step, pages)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def copying_loop(pages, index):
+    def step(i, carry):
+        pages, total = carry
+        new = pages.at[index + i].set(1.0, mode="promise_in_bounds")
+        return new, total + jnp.sum(new * pages)  # both are alive: one must be a copy
+
+    return jax.lax.fori_loop(0, 8, step, (pages, jnp.float32(0)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def rewriting_loop(pages, index):
+    def step(i, pages):
+        is_written = jnp.arange(pages.shape[0]) == index + i
+        return jnp.where(is_written[:, None, None, None], 1.0, pages)
+
+    return jax.lax.fori_loop(0, 8, step, pages)
+
+
+@pytest.mark.parametrize(
+    ("loop", "opcodes"), [(in_place_loop, set()), (copying_loop, {"copy"}), (rewriting_loop, {"select"})]
+)
+def test_a_copy_inside_a_loop_is_found(loop, opcodes):
+    pages = jnp.zeros(PAGES_SHAPE)
+    compiled = loop.lower(pages, jnp.int32(3)).compile()
+    problems = hlo.in_place_problems(compiled, [pages])
+    assert {problem.split()[0] for problem in problems if " makes " in problem} == opcodes
+
+
+def test_donated_buffers_are_gone_after_a_call(engine):
+    """Whoever holds on to a cache that a phase was given cannot read it by mistake."""
+    call = make_call(engine, "prefill")
+    state, emitted = call.donating(*call.args, **call.static)
+    assert all(pages.is_deleted() for pages in (*call.cache.k, *call.cache.v))
+    addresses = [pages.unsafe_buffer_pointer() for pages in (*state.cache.k, *state.cache.v)]
+    static = {**call.static, "num_steps": STEPS_PER_CHUNK}
+    next_state, _ = decoding.decode_loop(engine._leaves, state, **static)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert [pages.unsafe_buffer_pointer() for pages in (*next_state.cache.k, *next_state.cache.v)] == addresses
+    assert not emitted.tokens.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in engine._leaves)
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(state.cache.k[0])
+
+
+# -- Chunks and early exit --------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """An array that notes when the host reads it."""
+
+    def __init__(self, array: jax.Array, name: str, log: list[str]):
+        self._array, self._name, self._log = array, name, log
+
+    def __array__(self, *args, **kwargs):
+        self._log.append(self._name)
+        return np.asarray(self._array, *args, **kwargs)
+
+    def __bool__(self):
+        self._log.append(self._name)
+        return bool(self._array)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the phases and the host's reads of what they emitted, in order."""
+    log: list[str] = []
+
+    def watched(name: str, phase: Callable) -> Callable:
+        @functools.wraps(phase)
+        def run(*args, **static):
+            log.append(name)
+            state, emitted = phase(*args, **static)
+            fields = {field.name: getattr(emitted, field.name) for field in dataclasses.fields(emitted)}
+            return state, type("Watched", (), {key: Spy(value, key, log) for key, value in fields.items()})
+
+        return run
+
+    for name in ("prefill", "decode_loop"):
+        monkeypatch.setattr(decoding, name, watched(name, getattr(decoding, name)))
+    return log
+
+
+def until_eos(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    ends = [index for index, token_id in enumerate(token_ids) if token_id in CONFIG.eos_token_ids]
+    return token_ids[: ends[0] + 1] if ends else token_ids
+
+
+PROMPTS = [prompt(length) for length in (1, 2, 3, 5, 8, 13, 16)]
+
+
+@pytest.fixture(scope="module")
+def unending(engine):
+    """Greedy texts that went on over end-of-text tokens."""
+    return [completion.token_ids for completion in engine.generate_ids(PROMPTS, greedy(48))]
+
+
+def test_chunks_end_when_all_rows_have_met_eos(engine, unending, log):
+    early = [index for index, token_ids in enumerate(unending) if len(until_eos(token_ids)) <= 1 + STEPS_PER_CHUNK]
+    assert len(early) >= 2, "no early end to see"
+    completions = engine.generate_ids([PROMPTS[index] for index in early], SamplingParams(max_new_tokens=100))
+    assert [completion.token_ids for completion in completions] == [until_eos(unending[index]) for index in early]
+    assert {completion.finish_reason for completion in completions} == {"stop"}
+    assert log.count("prefill") == 1
+    assert log.count("decode_loop") == 1
+
+
+def test_prefill_alone_is_enough_where_it_ends_all(engine, unending, log):
+    (at_once,) = [index for index, token_ids in enumerate(unending) if len(until_eos(token_ids)) == 1]
+    (completion,) = engine.generate_ids([PROMPTS[at_once]])
+    assert completion.token_ids == unending[at_once][:1]
+    assert completion.finish_reason == "stop"
+    assert log.count("decode_loop") == 0
+
+
+def test_the_last_row_decides_how_many_chunks_run(engine, unending, log):
+    texts = [until_eos(token_ids) for token_ids in unending]
+    params = SamplingParams(max_new_tokens=48)
+    completions = engine.generate_ids(PROMPTS, params)
+    assert [completion.token_ids for completion in completions] == texts
+    reasons = [completion.finish_reason for completion in completions]
+    assert reasons == ["stop" if text[-1] in CONFIG.eos_token_ids else "length" for text in texts]
+    assert set(reasons) == {"stop", "length"}
+    num_chunks = -(-(max(map(len, texts)) - 1) // STEPS_PER_CHUNK)
+    assert log.count("decode_loop") == num_chunks == 6
+
+
+@pytest.mark.parametrize(("max_new_tokens", "num_chunks"), [(1, 0), (2, 1), (9, 1), (10, 2)])
+def test_no_chunk_more_than_the_tokens_asked_for(engine, unending, log, max_new_tokens, num_chunks):
+    completions = engine.generate_ids(PROMPTS, greedy(max_new_tokens))
+    assert [completion.token_ids for completion in completions] == [ids[:max_new_tokens] for ids in unending]
+    assert log.count("decode_loop") == num_chunks
+
+
+def test_the_host_looks_once_at_each_chunk(engine, log):
+    engine.generate_ids(PROMPTS, greedy(24))
+    look = ["tokens", "logprobs", "all_done"]
+    assert log == ["prefill", *look, *(["decode_loop", *look] * 3)]
+
+
+def test_finished_and_padding_rows_emit_nothing(engine):
+    """What the host sees of them is ``NO_TOKEN`` and 0, and their state stays."""
+    emitted = list(engine._dispatch(engine._requests(PROMPTS, [greedy(length) for length in (1, 2, 3, 9, 10, 17, 17)])))
+    tokens = np.concatenate([np.asarray(chunk.tokens) for chunk in emitted], axis=1)
+    logprobs = np.concatenate([np.asarray(chunk.logprobs) for chunk in emitted], axis=1)
+    assert [bool(chunk.all_done) for chunk in emitted] == [False, False, True]
+    num_emitted = np.array([1, 2, 3, 9, 10, 17, 17, 0])  # 7 rows and one of padding
+    is_emitted = np.arange(tokens.shape[1]) < num_emitted[:, None]
+    np.testing.assert_array_equal(tokens != NO_TOKEN, is_emitted)
+    np.testing.assert_array_equal(logprobs != 0, is_emitted)
+
+
+# -- Compilation ------------------------------------------------------------------------------------------------------
+
+
+def programs() -> tuple[int, ...]:
+    phases = (kv_cache.make_kv_cache, decoding.prefill, decoding.decode_loop, decoding.score, decoding.all_logits)
+    return tuple(phase._cache_size() for phase in phases)
+
+
+def test_nothing_compiles_anew_within_a_bucket(engine):
+    """Lengths, parameters, seeds and the number of rows vary: prompts up to 16 tokens, 64 tokens in all, 5 to 8 rows."""
+    engine.generate_ids([prompt(16)] * 8, greedy(49))
+    engine.score_ids([prompt(16)] * 8)
+    engine.logits(prompt(16))
+    before, num_compiled = programs(), len(_COMPILED)
+    rng = np.random.default_rng(0)
+    for num_rows in (5, 6, 7, 8):
+        prompts = [prompt(int(rng.integers(1, 17)), salt) for salt in range(num_rows)]
+        params = [
+            SamplingParams(
+                max_new_tokens=int(rng.integers(1, 50)),
+                temperature=float(rng.choice([0.0, 0.7, 1.3])),
+                top_k=int(rng.integers(0, 300)),
+                top_p=float(rng.uniform(0.1, 1)),
+                min_p=float(rng.uniform(0, 0.2)),
+                seed=[None, 0, 2**32 - 1][salt % 3],
+                ignore_eos=bool(salt % 2),
+            )
+            for salt in range(num_rows)
+        ]
+        engine.generate_ids(prompts, params)
+        engine.generate_ids(prompts, greedy(49))
+        list(engine.stream_ids(prompts, params[0]))
+        engine.score_ids([row if len(row) > 1 else row * 2 for row in prompts])
+        engine.logits(prompts[0])
+    assert programs() == before
+    assert len(_COMPILED) == num_compiled
+
+
+def test_another_engine_over_the_same_config_compiles_nothing(engine, tmp_path):
+    engine.generate_ids([prompt(16)] * 8, greedy(49))
+    num_compiled = len(_COMPILED)
+    other = small_model.load(tmp_path)
+    num_loading = len(_COMPILED)
+    other.generate_ids(PROMPTS, SamplingParams(max_new_tokens=20, temperature=0.5))
+    assert len(_COMPILED) == num_loading
+    assert num_loading - num_compiled <= 20  # placing the weights
+
+
+def test_another_bucket_is_another_program(engine):
+    """So the counts of the two tests above can change."""
+    before, num_compiled = programs(), len(_COMPILED)
+    engine.score_ids([prompt(17)] * 3)
+    assert programs() == (*before[:3], before[3] + 1, before[4])
+    assert len(_COMPILED) == num_compiled + 1
