@@ -30,6 +30,7 @@ class GoldenCase:
     eos_token_id: int | Sequence[int] | None = None
     stored_dtype: str = "fp32"
     prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS
+    alone: tuple[int, ...] = ()  # lengths of the prompts that run alone too; each costs a test two compilations
 
     def hf_config(self) -> dict[str, Any]:
         """The ``config.json`` of this case."""
@@ -72,7 +73,7 @@ class GoldenCase:
 
 
 CASES = (
-    GoldenCase(name="head64", n_embd=128, n_head=2, rotary_dim=32),
+    GoldenCase(name="head64", n_embd=128, n_head=2, rotary_dim=32, alone=(33,)),
     GoldenCase(
         name="head128_all_rotary",
         vocab_size=257,
@@ -82,7 +83,9 @@ CASES = (
         n_inner=200,
         layer_norm_epsilon=1e-12,
     ),
-    GoldenCase(name="head256_fp16", vocab_size=640, n_embd=512, n_head=2, rotary_dim=64, stored_dtype="fp16"),
+    GoldenCase(
+        name="head256_fp16", vocab_size=640, n_embd=512, n_head=2, rotary_dim=64, stored_dtype="fp16", alone=(17,)
+    ),
     GoldenCase(
         name="head24",
         vocab_size=331,
@@ -92,8 +95,11 @@ CASES = (
         rotary_dim=10,
         n_inner=100,
         layer_norm_epsilon=1e-3,
+        alone=(2,),
     ),
-    GoldenCase(name="one_layer", vocab_size=997, n_embd=64, n_layer=1, n_head=4, rotary_dim=16, n_inner=64),
+    GoldenCase(
+        name="one_layer", vocab_size=997, n_embd=64, n_layer=1, n_head=4, rotary_dim=16, n_inner=64, alone=(1, 16, 65)
+    ),
     GoldenCase(
         name="six_layers_bf16",
         n_positions=192,
@@ -106,10 +112,16 @@ CASES = (
     ),
     # Rotary angles reach 2000 here, where one ulp of f32 is 1e-4: an error that grows with the position shows.
     GoldenCase(
-        name="long_context", n_positions=2048, n_embd=64, n_head=1, rotary_dim=32, prompt_lengths=(3, 500, 1980)
+        name="long_context",
+        n_positions=2048,
+        n_embd=64,
+        n_head=1,
+        rotary_dim=32,
+        prompt_lengths=(3, 500, 1980),
+        alone=(1980,),
     ),
     # Prompts of 17 tokens and more run into the end of the context.
-    GoldenCase(name="short_context", n_positions=79, n_embd=80, n_head=5, rotary_dim=12, n_inner=333),
+    GoldenCase(name="short_context", n_positions=79, n_embd=80, n_head=5, rotary_dim=12, n_inner=333, alone=(65,)),
     GoldenCase(name="eos", vocab_size=307, n_embd=48, n_head=2, rotary_dim=24, eos_token_id=9),
     GoldenCase(name="two_eos", vocab_size=499, n_embd=80, n_head=2, rotary_dim=2, eos_token_id=(335, 224)),
 )

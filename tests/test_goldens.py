@@ -12,7 +12,7 @@ import tolerances
 from golden_cases import CASES, GOLDENS, NEW_TOKENS, GoldenCase
 
 from kogpt_jax import Completion, KoGPT, SamplingParams
-from kogpt_jax.config import ModelConfig
+from kogpt_jax.config import Dtype, ModelConfig
 from kogpt_jax.errors import InputError
 
 MANIFEST = json.loads((GOLDENS / "manifest.json").read_text(encoding="utf-8"))
@@ -57,12 +57,6 @@ def prompts_for_logits(case: GoldenCase) -> list[int]:
     return [i for i, length in enumerate(lengths) if case is CHEAPEST_CASE or length <= 16 or length == max(lengths)]
 
 
-def prompts_alone(case: GoldenCase) -> list[int]:
-    """Which prompts run alone, for the same reason: all for one case, for the others one, each case another."""
-    count = len(case.prompt_lengths)
-    return list(range(count)) if case is CHEAPEST_CASE else [CASES.index(case) % count]
-
-
 def test_goldens_are_complete_and_small() -> None:
     files = {path.name: path for path in GOLDENS.iterdir()}
     assert set(files) == {"manifest.json", *(f"{case.name}.npz" for case in CASES)}
@@ -92,10 +86,12 @@ def test_logits(loaded: Loaded) -> None:
         )
 
 
+@pytest.mark.parametrize("loaded", [case for case in CASES if case.alone], indirect=True, ids=lambda case: case.name)
 def test_greedy_text_of_a_prompt_alone(loaded: Loaded) -> None:
     params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     prompts = loaded.case.prompts()
-    for index in prompts_alone(loaded.case):
+    for length in loaded.case.alone:
+        index = loaded.case.prompt_lengths.index(length)
         (completion,) = loaded.engine.generate_ids([prompts[index]], params)
         check_completion(completion, loaded, index)
 
@@ -126,13 +122,13 @@ class Perturbation:
 
     effect: Literal["refused", "logits", "text"]
     hf_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    dtype: str = "fp32"
+    dtype: Dtype = "fp32"
 
 
 # Per field of ModelConfig. PERTURBED_CASE has 2 layers of 2 heads of 24, all of it rotary, and an FFN of 4 x 48.
 PERTURBATIONS = {
     "vocab_size": [Perturbation("refused", {"vocab_size": 306}), Perturbation("refused", {"vocab_size": 308})],
-    "max_len": [Perturbation("text", {"n_positions": 48})],
+    "max_len": [Perturbation("text", {"n_positions": 16})],
     "model_dim": [Perturbation("refused", {"n_embd": 24})],
     "num_layers": [Perturbation("refused", {"n_layer": 1}), Perturbation("refused", {"n_layer": 3})],
     "num_heads": [Perturbation("logits", {"n_head": 1})],
@@ -152,10 +148,12 @@ def unperturbed(tmp_path_factory: pytest.TempPathFactory) -> KoGPT:
 
 
 def outcomes(engine: KoGPT) -> list[tuple[tuple[int, ...], str]]:
-    """Tokens and finish reasons of two greedy texts: one that ends at EOS, one that runs its 64 tokens."""
-    prompts = [prompt for prompt in PERTURBED_CASE.prompts() if len(prompt) in (17, 33)]
-    completions = engine.generate_ids(prompts, SamplingParams(max_new_tokens=NEW_TOKENS))
-    return [(tuple(completion.token_ids), completion.finish_reason) for completion in completions]
+    """Tokens and finish reasons of two greedy texts of a prompt of 16 tokens whose first token is EOS: one that may end
+    there, one that may not and goes on to 2 tokens."""
+    prompt = next(prompt for prompt in PERTURBED_CASE.prompts() if len(prompt) == 16)
+    params = [SamplingParams(max_new_tokens=2), SamplingParams(max_new_tokens=2, ignore_eos=True)]
+    completions = engine.generate_ids([prompt, prompt], params)
+    return [(completion.token_ids, completion.finish_reason) for completion in completions]
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModelConfig)])

@@ -16,6 +16,7 @@ from golden_cases import NEW_TOKENS
 from hash_weights import hash_prompt
 
 from kogpt_jax import KoGPT, SamplingParams, demo
+from kogpt_jax.config import Dtype
 
 pytestmark = pytest.mark.oracle
 
@@ -162,7 +163,7 @@ def test_greedy_text(live: Live, torch: ModuleType, oracle: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_sixteen_bit_logits_err_no_more_than_twice_hugging_faces(live: Live, torch: ModuleType, dtype: str) -> None:
+def test_sixteen_bit_logits_err_no_more_than_twice_hugging_faces(live: Live, torch: ModuleType, dtype: Dtype) -> None:
     """The kernels' rule for the whole model: the error against f32 is at most twice the oracle's in the same dtype."""
     import transformers
 
@@ -195,6 +196,7 @@ def test_hugging_face_loads_what_we_save(
 def test_demo_model(torch: ModuleType, oracle: ModuleType) -> None:
     engine = KoGPT.from_pretrained("demo", dtype="fp32")
     model = oracle.load(demo.DIRECTORY)
+    assert engine.tokenizer is not None
     prompts = [engine.tokenizer.encode(text) for text in DEMO_PROMPTS]
     for prompt in prompts:
         tolerances.assert_close(
