@@ -265,7 +265,7 @@ class KoGPT:
         """Logits in f32 of every position of one sequence."""
         tokens, _ = self._pad([self._checked_ids(0, token_ids)])
         logits = decoding.all_logits(self._leaves, tokens, definition=self._definition, mesh=self.mesh)
-        return np.asarray(logits[0, : len(token_ids)])
+        return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities and perplexity of texts.

@@ -265,7 +265,7 @@ def programs() -> tuple[int, ...]:
 
 
 def test_nothing_compiles_anew_within_a_bucket(engine):
-    """Lengths, parameters, seeds and the number of rows vary: prompts up to 16 tokens, 64 tokens in all, 5 to 8 rows."""
+    """Lengths, parameters, seeds and numbers of rows vary: prompts up to 16 tokens, 64 tokens in all, 5 to 8 rows."""
     engine.generate_ids([prompt(16)] * 8, greedy(49))
     engine.score_ids([prompt(16)] * 8)
     engine.logits(prompt(16))
