@@ -467,7 +467,7 @@ class KoGPT:
                         f"prompt {group[0]} of {prompt_lens[group[0]]} tokens with {new_lens[group[0]]} new ones needs "
                         f"{needed / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} GiB are free"
                     )
-                size = len(group) // 2
+                size = _bucket(len(group), 1) // 2  # the next smaller bucket, full
             yield group
             order = order[size:]
 

@@ -98,7 +98,8 @@ class GPTJ(nnx.Module):
         rotary = rotary_tables(jnp.arange(tokens.shape[1])[None], self.config)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-            return causal_attention(apply_rotary(q, rotary), apply_rotary(k, rotary), v), ()
+            q, k = apply_rotary(q, k, rotary)
+            return causal_attention(q, k, v), ()
 
         x = self.embed(tokens)
         for block in self.blocks:
@@ -121,10 +122,10 @@ class GPTJ(nnx.Module):
         for layer, block in enumerate(self.blocks):
 
             def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
-                k = apply_rotary(k, rotary)
+                q, k = apply_rotary(q, k, rotary)
                 k_pages = kv_cache.append(cache.k[layer], k, cache.page_table, positions, is_valid)
                 v_pages = kv_cache.append(cache.v[layer], v, cache.page_table, positions, is_valid)
-                return causal_attention(apply_rotary(q, rotary), k, v), (k_pages, v_pages)
+                return causal_attention(q, k, v), (k_pages, v_pages)
 
             x, pages = block(x, attend)
             new_pages.append(pages)
@@ -150,12 +151,11 @@ class GPTJ(nnx.Module):
         for layer, block in enumerate(self.blocks):
 
             def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
-                k = apply_rotary(k, rotary)
+                q, k = apply_rotary(q, k, rotary)
                 k_pages = kv_cache.append(cache.k[layer], k, cache.page_table, positions, is_valid)
                 v_pages = kv_cache.append(cache.v[layer], v, cache.page_table, positions, is_valid)
-                k_rows = kv_cache.gather(k_pages, cache.page_table, lengths)
-                v_rows = kv_cache.gather(v_pages, cache.page_table, lengths)
-                return decode_attention(apply_rotary(q, rotary), k_rows, v_rows, lengths), (k_pages, v_pages)
+                attn = decode_attention(q[:, 0], k_pages, v_pages, cache.page_table, lengths)
+                return attn[:, None], (k_pages, v_pages)
 
             x, pages = block(x, attend)
             new_pages.append(pages)
@@ -172,10 +172,8 @@ class GPTJ(nnx.Module):
 
 def linear(x: Float[Array, "*B K"], weight: Float[Array, "M K"], out_dtype: np.dtype | type) -> Float[Array, "*B M"]:
     """``x @ weight.T``, accumulated in f32."""
-    # In f32 "highest" keeps TF32 out on GPUs; in 16 bits there is one way to multiply.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract_last, precision, preferred_element_type=out_dtype)
+    return jax.lax.dot_general(x, weight, contract_last, _precision(x), preferred_element_type=out_dtype)
 
 
 def layer_norm(
@@ -198,15 +196,20 @@ def rotary_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rotary(x: Float[Array, "B T N H"], rotary: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+def apply_rotary(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], rotary: tuple[Array, Array]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
     """Rotates the leading ``rotary_dim`` of each head; GPT-J pairs neighbours (2i, 2i + 1), not halves."""
     cos, sin = rotary
     rotary_dim = 2 * cos.shape[-1]
-    pairs = x[..., :rotary_dim].astype(jnp.float32).reshape(*x.shape[:-1], rotary_dim // 2, 2)
+    qk = jnp.concatenate([q, k], axis=2)
+    pairs = qk[..., :rotary_dim].astype(jnp.float32).reshape(*qk.shape[:-1], rotary_dim // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    rotated = rotated.reshape(*x.shape[:-1], rotary_dim).astype(x.dtype)
-    return jnp.concatenate([rotated, x[..., rotary_dim:]], axis=-1)
+    rotated = rotated.reshape(*qk.shape[:-1], rotary_dim).astype(qk.dtype)
+    # Once for both: XLA would else rotate q again for every key that it meets.
+    qk = jax.lax.optimization_barrier(jnp.concatenate([rotated, qk[..., rotary_dim:]], axis=-1))
+    return qk[:, :, : q.shape[2]], qk[:, :, q.shape[2] :]
 
 
 def causal_attention(
@@ -225,21 +228,38 @@ def causal_attention(
 
 
 def decode_attention(
-    q: Float[Array, "B 1 N H"], k: Float[Array, "B N S H"], v: Float[Array, "B N S H"], lengths: Int[Array, " B"]
-) -> Float[Array, "B 1 N H"]:
-    """One query a row attends to the row's first ``lengths[b]`` keys; scores and softmax in f32.
+    q: Float[Array, "B N H"],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, " B"],
+) -> Float[Array, "B N H"]:
+    """One query a row attends to the row's first ``lengths[b]`` keys, at least one; scores and softmax in f32.
 
-    A row of length 0 has no key and gives NaN; rows hold at least their prompt.
+    Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie; putting a
+    row's pages in one piece first would copy and transpose the cache every step.
     """
-    scores = _product("btnh,bnsh->bnts", q, k) / math.sqrt(q.shape[-1])
-    is_valid = jnp.arange(k.shape[2]) < lengths[:, None]
-    probs = jax.nn.softmax(jnp.where(is_valid[:, None, None, :], scores, -jnp.inf), axis=-1)
-    return _product("bnts,bnsh->btnh", probs.astype(v.dtype), v).astype(q.dtype)
+    max_pages = page_table.shape[1]
+    k = kv_cache.gather(k_pages, page_table)
+    v = kv_cache.gather(v_pages, page_table)
+    is_valid = kv_cache.valid_tokens(lengths, max_pages)[:, :, None, :]  # [B, max_pages, 1, page_len]
+    q_by_page = jnp.broadcast_to(q[:, None], (q.shape[0], max_pages, *q.shape[1:]))
+    scores = _product("bmnh,bmnph->bmnp", q_by_page, k) / math.sqrt(q.shape[-1])
+    scores = jnp.where(is_valid, scores, -jnp.inf)
+    probs = jnp.exp(scores - jnp.max(scores, axis=(1, 3), keepdims=True))
+    by_page = _product("bmnp,bmnph->bmnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
+    # Or XLA puts these sums into whatever reads them, one thread an output: 30 times slower at 8 rows on an H100.
+    by_page, total = jax.lax.optimization_barrier((by_page, jnp.sum(probs, axis=(1, 3))))
+    return (jnp.sum(by_page, axis=1) / total[..., None]).astype(q.dtype)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=_precision(a), preferred_element_type=jnp.float32)
+
+
+def _precision(x: Array) -> jax.lax.Precision | None:
+    """In f32 "highest" keeps TF32 out on GPUs; 16 bits are multiplied as they are."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths: Array) -> KVCache:

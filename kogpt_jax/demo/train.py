@@ -145,7 +145,7 @@ def loss(
     is_visible = visible(tokens, modes)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        q, k = apply_rotary(q, k, rotary)
         return jax.nn.dot_product_attention(q, k, v, mask=is_visible, implementation="xla"), ()
 
     def dropout(x: Array, layer: int) -> Array:
