@@ -18,7 +18,7 @@ help: ## list the targets
 
 demo: ## install, and stream Korean text from the shipped model on whatever device there is
 	@$(ENVIRONMENT) $(VENV) runtime cuda
-	$(BIN)/kogpt generate --model demo --prompt "$(PROMPT)"
+	$(BIN)/kogpt generate --model demo --prompt "$(PROMPT)" --stream --stats
 
 test: ## install, and run the tests (CPU; no PyTorch, no compiler)
 	@$(ENVIRONMENT) $(VENV) dev
