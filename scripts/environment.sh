@@ -43,18 +43,19 @@ find_python() {
     else
         set -- python3.13 python3.12 python3.11 python3
     fi
-    seen=
+    found=
     for python; do
         version=$(probe "$python") || version=
         if accepts "$version"; then
             return
         fi
-        if "$python" -V >/dev/null 2>&1; then
-            seen="$seen, $python is $("$python" -V 2>&1)${version:-, without venv}"
+        if seen=$("$python" -V 2>&1); then
+            found="${found:+$found, }$python is $seen"
         fi
     done
     needed="Python ${PYTHON_VERSION:-3.11 or newer} with its venv module"
-    fail "$needed is needed: ${seen:+found${seen#,}}${seen:-none of $* runs}; choose one with PYTHON=/path/to/python"
+    hint="PYTHON=/path/to/python chooses one, on Debian and Ubuntu apt-get install python3-venv adds the module"
+    fail "$needed is needed, but ${found:-none of $* runs}; $hint"
 }
 
 # CUDA 13 needs driver 580 and a GPU of compute capability 7.5, CUDA 12 needs driver 525.
