@@ -1,4 +1,5 @@
-"""KoGPT (GPT-J architecture) inference in JAX: `KoGPT` loads, continues and scores; `kogpt` is the same as a command."""
+"""KoGPT (GPT-J architecture) inference in JAX: `KoGPT` loads, continues and scores; `kogpt` is the same as a
+command."""
 
 from kogpt_jax._version import __version__
 from kogpt_jax.config import DEMO, KOGPT_6B, ModelConfig

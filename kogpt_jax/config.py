@@ -182,8 +182,8 @@ def _eos_token_ids(hf: Mapping[str, Any], source: str) -> tuple[int, ...]:
     return tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
 
 
-# Kakao Brain's KoGPT (KoGPT6B-ryan1.5b): its model card's table, and GPT-J's defaults for the rest. The card does not give
-# the id of [EOS]; the tokenizer of a loaded checkpoint does.
+# Kakao Brain's KoGPT (KoGPT6B-ryan1.5b): its model card's table, and GPT-J's defaults for the rest. The card does not
+# give the id of [EOS]; the tokenizer of a loaded checkpoint does.
 KOGPT_6B = ModelConfig(
     vocab_size=64512,
     max_len=2048,

@@ -1,8 +1,9 @@
 """The jitted phases: prefill, the decode loop, and scoring. The only `jax.jit` and `jax.shard_map` around the forward.
 
 A phase takes the leaves of the parameters as one list, because calling a jitted function over a module costs the host
-milliseconds a call, over a list a tenth of one. Steps run in chunks with a trip count that is known when compiling: a loop
-whose end is computed makes the host wait for its predicate every step. So the host looks once per chunk whether all is done.
+milliseconds a call, over a list a tenth of one. Steps run in chunks with a trip count that is known when compiling: a
+loop whose end is computed makes the host wait for its predicate every step. So the host looks once per chunk whether
+all is done.
 """
 
 import dataclasses
@@ -153,7 +154,8 @@ def all_logits(
 def score(
     leaves: Sequence[Array], tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
 ) -> Float[Array, "B T"]:
-    """The log-probability of each token's successor: entry t is that of ``tokens[:, t + 1]``; the last is meaningless."""
+    """The log-probability of each token's successor: entry t is that of ``tokens[:, t + 1]``; the last is
+    meaningless."""
 
     def local(leaves: Sequence[Array], tokens: Array) -> Array:
         model = definition.merge(leaves)
@@ -180,9 +182,7 @@ def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tupl
     eos_token_ids = jnp.array(definition.config.eos_token_ids, jnp.int32)
     is_eos = jnp.any(tokens[:, None] == eos_token_ids, axis=-1) & ~state.ignore_eos
     num_remaining = jnp.where(is_running & ~is_eos, state.num_remaining - 1, 0)
-    state = dataclasses.replace(
-        state, tokens=jnp.where(is_running, tokens, state.tokens), num_remaining=num_remaining
-    )
+    state = dataclasses.replace(state, tokens=jnp.where(is_running, tokens, state.tokens), num_remaining=num_remaining)
     return state, jnp.where(is_running, tokens, NO_TOKEN), jnp.where(is_running, logprobs, 0.0)
 
 

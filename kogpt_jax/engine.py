@@ -1,8 +1,8 @@
 """`KoGPT`: a loaded model that continues and scores text. The only stateful class, and the state is fixed once loaded.
 
-A call becomes batches of rows; a batch becomes one `prefill` and as many chunks of `decode_loop` as its longest row needs.
-Batch sizes, prompt lengths and cache capacities are rounded up to powers of two, so that a new length meets a program that
-is compiled already.
+A call becomes batches of rows; a batch becomes one `prefill` and as many chunks of `decode_loop` as its longest row
+needs. Batch sizes, prompt lengths and cache capacities are rounded up to powers of two, so that a new length meets a
+program that is compiled already.
 """
 
 import collections
@@ -30,7 +30,8 @@ from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, l
 
 FinishReason = Literal["stop", "length"]
 
-# Steps between two looks of the host at the tokens. A batch computes at most this many steps, less one, that nobody needs.
+# Steps between two looks of the host at the tokens. A batch computes at most this many steps, less one, that nobody
+# needs.
 STEPS_PER_CHUNK = 8
 _SMALLEST_PROMPT_BUCKET = 16
 
@@ -96,8 +97,8 @@ class _NewTokens:
 class KoGPT:
     """A GPT-J-architecture model with its tokenizer, on a mesh of devices.
 
-        model = KoGPT.from_pretrained("demo")
-        print(model.generate("이 영화는")[0].text)
+    model = KoGPT.from_pretrained("demo")
+    print(model.generate("이 영화는")[0].text)
     """
 
     def __init__(
@@ -121,7 +122,8 @@ class KoGPT:
         if max_batch_size < 1:
             raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
         if tokenizer is not None and tokenizer.eos_id is not None and tokenizer.eos_id not in config.eos_token_ids:
-            # Published GPT-J configs carry eos 50256 from the defaults, a plain word elsewhere: the tokenizer knows better.
+            # Published GPT-J configs carry eos 50256 from the defaults, a plain word elsewhere: the tokenizer knows
+            # better.
             config = dataclasses.replace(config, eos_token_ids=(tokenizer.eos_id,))
         self.config = config
         self.mesh = mesh
@@ -145,8 +147,8 @@ class KoGPT:
         """Loads a Hugging Face directory, or the shipped model ``"demo"``.
 
         Args:
-            path: a directory with ``config.json``, weights and usually a tokenizer; ``"demo"`` is the shipped model (write
-                ``./demo`` for a directory of that name).
+            path: a directory with ``config.json``, weights and usually a tokenizer; ``"demo"`` is the shipped model
+                (write ``./demo`` for a directory of that name).
             dtype: "fp32", "fp16" or "bf16"; None keeps the dtype of the stored weights.
             quant: must be None, quantised weights are not supported yet.
             kv_dtype: must be None, the cache has the model's dtype.
@@ -171,7 +173,8 @@ class KoGPT:
         tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise InputError(
-                f"{tokenizer_file} has {tokenizer.vocab_size} tokens, more than vocab_size {config.vocab_size} of the model"
+                f"{tokenizer_file} has {tokenizer.vocab_size} tokens, "
+                f"more than vocab_size {config.vocab_size} of the model"
             )
         device_mesh = sharding.make_mesh(*extents)
         leaves = checkpoint.load_leaves(directory, config, device_mesh, progress=progress)
@@ -321,7 +324,9 @@ class KoGPT:
             params = SamplingParams()
         rows = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else list(params)
         if len(rows) != len(prompt_ids):
-            raise InputError(f"params must be one or one for each prompt, got {len(rows)} for {len(prompt_ids)} prompts")
+            raise InputError(
+                f"params must be one or one for each prompt, got {len(rows)} for {len(prompt_ids)} prompts"
+            )
         requests = []
         for index, (token_ids, row) in enumerate(zip(prompt_ids, rows, strict=True)):
             ids = self._checked_ids(index, token_ids)
@@ -350,20 +355,19 @@ class KoGPT:
         return self.tokenizer.decode_continuation(self._readable(request.prompt_ids), new_ids)
 
     def _readable(self, token_ids: Sequence[int], reason: FinishReason | None = None) -> Sequence[int]:
-        """The ids that stand for text: without the end-of-text token, which a tokenizer may hold for a word, and without
-        ids of a vocabulary that is padded beyond the tokenizer's."""
+        """The ids that stand for text: without the end-of-text token, which a tokenizer may hold for a word, and
+        without ids of a vocabulary that is padded beyond the tokenizer's."""
         assert self.tokenizer is not None
         token_ids = token_ids[:-1] if reason == "stop" else token_ids
         return [token_id for token_id in token_ids if token_id < self.tokenizer.vocab_size]
 
     def _run(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
-        """Runs all requests, batch after batch. The batches are made here, so that a prompt too large is refused at once."""
+        """Runs all requests, batch after batch. The batches are made here, so that a prompt too large is refused at
+        once."""
         prompt_lens = [len(request.prompt_ids) for request in requests]
         new_lens = [request.max_new_tokens for request in requests]
         groups = list(self._batches(range(len(requests)), prompt_lens, new_lens))
-        return itertools.chain.from_iterable(
-            self._run_batch([requests[index] for index in group]) for group in groups
-        )
+        return itertools.chain.from_iterable(self._run_batch([requests[index] for index in group]) for group in groups)
 
     def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
         num_emitted = [0] * len(requests)
@@ -452,7 +456,8 @@ class KoGPT:
     def _batches(
         self, indices: Sequence[int], prompt_lens: Sequence[int], new_lens: Sequence[int]
     ) -> Iterator[list[int]]:
-        """Groups rows into batches that fit the device; longest prompts first, so that like rows pad one another little."""
+        """Groups rows into batches that fit the device; longest prompts first, so that like rows pad one another
+        little."""
         order = sorted(indices, key=lambda index: prompt_lens[index], reverse=True)
         while order:
             size = self.max_batch_size

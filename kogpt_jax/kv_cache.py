@@ -4,9 +4,9 @@
     row 0: page 0 k0 .. k63 | page 1 k64 .. k69 . . .
     row 1: page 2 k0 k1 k2 . . . | page 3 . . .
 
-Tokens are left-aligned: token j of row b lies in page ``page_table[b, j // PAGE_LEN]`` at offset ``j % PAGE_LEN``, and key j
-is valid iff ``j < lengths[b]``. What lies beyond is never read into a result, whatever it holds. The last page of the pool
-is a scratch page that stands in no page table: writes that shall have no effect go there.
+Tokens are left-aligned: token j of row b lies in page ``page_table[b, j // PAGE_LEN]`` at offset ``j % PAGE_LEN``, and
+key j is valid iff ``j < lengths[b]``. What lies beyond is never read into a result, whatever it holds. The last page
+of the pool is a scratch page that stands in no page table: writes that shall have no effect go there.
 """
 
 import dataclasses
@@ -52,7 +52,8 @@ def cache_specs(num_layers: int) -> KVCache:
 
 
 def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:
-    """Bytes of pages that one row of ``max_len`` tokens takes, over all layers, keys and values (scratch page apart)."""
+    """Bytes of pages that one row of ``max_len`` tokens takes, over all layers, keys and values (scratch page
+    apart)."""
     itemsize = config.jax_dtype.itemsize
     return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.model_dim * itemsize
 
@@ -64,7 +65,8 @@ def pages_per_row(max_len: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "batch", "max_len"))
 def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> KVCache:
-    """An empty cache for ``batch`` rows of up to ``max_len`` tokens, rounded up to whole pages, each row with its own."""
+    """An empty cache for ``batch`` rows of up to ``max_len`` tokens, rounded up to whole pages, each row with its
+    own."""
     max_pages = pages_per_row(max_len)
     num_pages = batch * max_pages + mesh.shape["data"]  # a scratch page a data shard
     shape = (num_pages, config.num_heads, PAGE_LEN, config.head_dim)
@@ -90,18 +92,18 @@ def append(
     positions: Int[Array, "B T"],
     is_valid: Bool[Array, "B T"],
 ) -> Float[Array, "pages N page_len H"]:
-    """Writes ``new[b, t]`` where token ``positions[b, t]`` of row b lies; tokens that are not valid go to the scratch page."""
+    """Writes ``new[b, t]`` where token ``positions[b, t]`` of row b lies; tokens that are not valid go to the
+    scratch page."""
     page_slot = jnp.minimum(positions // PAGE_LEN, page_table.shape[1] - 1)
     page_ids = jnp.take_along_axis(page_table, page_slot, axis=1)
     page_ids = jnp.where(is_valid, page_ids, pages.shape[0] - 1)
     new = new.astype(pages.dtype)
     if positions.size == 1:
-        # XLA makes of a scatter of one index this update and a second kernel that checks bounds: 2 us a layer on an H100.
+        # XLA makes of a scatter of one index this update and a second kernel that checks bounds: 2 us a layer on an
+        # H100.
         start = (page_ids[0, 0], 0, positions[0, 0] % PAGE_LEN, 0)
         return jax.lax.dynamic_update_slice(pages, new.swapaxes(1, 2), start)
-    return pages.at[page_ids, :, positions % PAGE_LEN].set(
-        new, mode="promise_in_bounds", wrap_negative_indices=False
-    )
+    return pages.at[page_ids, :, positions % PAGE_LEN].set(new, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def gather(

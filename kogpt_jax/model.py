@@ -1,11 +1,12 @@
 """GPT-J as Flax NNX modules: what one device computes on its local shards, inside `jax.shard_map`.
 
-Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes queries,
-keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one `psum` follows.
-The phases differ only in how they attend: each hands `Block` a function from local q, k, v to attention's output.
+Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes
+queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
+`psum` follows. The phases differ only in how they attend: each hands `Block` a function from local q, k, v to
+attention's output.
 
-The numeric oracle is Hugging Face's ``GPTJForCausalLM`` in f32. Products run in the model's dtype and accumulate in f32;
-LayerNorm, softmax, rotary embedding and the residual stream are f32 whatever the dtype.
+The numeric oracle is Hugging Face's ``GPTJForCausalLM`` in f32. Products run in the model's dtype and accumulate in
+f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatever the dtype.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ from kogpt_jax.sharding import named_sharding, partition_spec
 # Longer prompts attend in blocks of this many queries, so that scores take [B, N, block, T] and not [B, N, T, T].
 QUERY_BLOCK = 512
 
-# From a layer's local q, k, v to attention's output and what the phase keeps of the layer: its updated pages, or nothing.
+# From a layer's local q, k, v to attention's output and what the phase keeps of the layer: its updated pages, or
+# nothing.
 Attend = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
 
 
@@ -53,14 +55,14 @@ class Block(nnx.Module):
         self.ln_scale = _param((model_dim,), ("embed",), config, mean=1.0)
         self.ln_bias = _param((model_dim,), ("embed",), config)
         # Output-major: the K values of each output lie together, which decode kernels and INT8 tensor cores want.
-        self.w_in = _param((num_shards, 3 * local_dim + local_ffn, model_dim), ("tensor_shard", "fused", "embed"), config)
+        self.w_in = _param(
+            (num_shards, 3 * local_dim + local_ffn, model_dim), ("tensor_shard", "fused", "embed"), config
+        )
         self.b_ffn_in = _param((num_shards, local_ffn), ("tensor_shard", "fused"), config)
         self.w_out = _param((num_shards, model_dim, local_dim + local_ffn), ("tensor_shard", "embed", "fused"), config)
         self.b_ffn_out = _param((model_dim,), ("embed",), config)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
         config = self.config
         batch, q_len, _ = x.shape
         local_dim = self.num_local_heads * config.head_dim
@@ -129,7 +131,8 @@ class GPTJ(nnx.Module):
 
             x, pages = block(x, attend)
             new_pages.append(pages)
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]  # of T positions only one meets lm_head
+        # of T positions only one meets lm_head
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._final_norm(last), _with_pages(cache, new_pages, lengths)
 
     def decode_step(
@@ -189,7 +192,8 @@ def layer_norm(
 def rotary_tables(
     positions: Int[Array, "B T"], config: ModelConfig
 ) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021), R = rotary_dim / 2, with the heads' axis broadcast."""
+    """Cosines and sines of the rotary embedding (Su et al. 2021), R = rotary_dim / 2, with the heads' axis
+    broadcast."""
     exponents = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
     frequencies = jnp.asarray(10000.0**-exponents, jnp.float32)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
@@ -236,8 +240,8 @@ def decode_attention(
 ) -> Float[Array, "B N H"]:
     """One query a row attends to the row's first ``lengths[b]`` keys, at least one; scores and softmax in f32.
 
-    Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie; putting a
-    row's pages in one piece first would copy and transpose the cache every step.
+    Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie;
+    putting a row's pages in one piece first would copy and transpose the cache every step.
     """
     max_pages = page_table.shape[1]
     k = kv_cache.gather(k_pages, page_table)
@@ -267,14 +271,17 @@ def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths:
     return dataclasses.replace(cache, k=k, v=v, lengths=lengths)
 
 
-def _param(shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, mean: float = 0.0) -> nnx.Param:
+def _param(
+    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, mean: float = 0.0
+) -> nnx.Param:
     """A parameter's one declaration; `model_def` reads it back as a `ParamSpec`."""
     return nnx.Param(jnp.zeros(shape, config.jax_dtype), logical_axes=logical_axes, init_mean=mean)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What a parameter is: its path in the module, global shape, dtype, logical axes and the mean it is drawn around."""
+    """What a parameter is: its path in the module, global shape, dtype, logical axes and the mean it is drawn
+    around."""
 
     path: str
     shape: tuple[int, ...]
@@ -304,7 +311,8 @@ class ModelDef:
 
 @functools.cache
 def model_def(config: ModelConfig, num_shards: int = 1) -> ModelDef:
-    """The definition of the model for ``num_shards`` tensor shards; one object per argument, so that jit's cache holds."""
+    """The definition of the model for ``num_shards`` tensor shards; one object per argument, so that jit's cache
+    holds."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, num_shards)))
     leaves, treedef = jax.tree.flatten(state)
     variables = nnx.to_flat_state(state)

@@ -23,8 +23,8 @@ _MAX_TOP_K = 2**31 - 1  # more than any vocabulary holds
 class SamplingParams:
     """How one request is continued.
 
-    The filters apply in the order top-k, top-p, min-p, after the temperature; each looks at what the one before left, with
-    probabilities made to sum to one again.
+    The filters apply in the order top-k, top-p, min-p, after the temperature; each looks at what the one before left,
+    with probabilities made to sum to one again.
 
     Raises:
         InputError: a value outside its range.
@@ -95,8 +95,8 @@ def sample(
     Args:
         logits: f32.
         rows: the parameters of each row.
-        positions: where in its sequence the new token will stand. The random key is a function of the row's seed and this
-            position only, so that a request's text does not depend on its slot or its neighbours.
+        positions: where in its sequence the new token will stand. The random key is a function of the row's seed and
+            this position only, so that a request's text does not depend on its slot or its neighbours.
 
     Returns:
         The tokens, and their log-probabilities under the model itself (before temperature and filters).
@@ -104,9 +104,7 @@ def sample(
     with jax.named_scope("sample"):
         most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         # A batch of greedy rows skips the sort and the random numbers.
-        drawn = jax.lax.cond(
-            jnp.any(rows.temperature > 0), lambda: _draw(logits, rows, positions), lambda: most_likely
-        )
+        drawn = jax.lax.cond(jnp.any(rows.temperature > 0), lambda: _draw(logits, rows, positions), lambda: most_likely)
         tokens = jnp.where(rows.temperature > 0, drawn, most_likely)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -11,8 +11,8 @@ from kogpt_jax.errors import InputError
 # Outermost to innermost: the tensor axis reduces once a layer, so it gets the closest devices.
 MESH_AXES = ("data", "pipe", "tensor")
 
-# `tensor_shard` is the explicit leading axis of the fused weights: slicing the concatenation [Q|K|V|FFN] by device would
-# give one device all of Q, so the shards are laid out before and stacked.
+# `tensor_shard` is the explicit leading axis of the fused weights: slicing the concatenation [Q|K|V|FFN] by device
+# would give one device all of Q, so the shards are laid out before and stacked.
 _MESH_AXIS_OF = {
     "batch": "data",
     "pages": "data",

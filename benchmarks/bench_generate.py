@@ -1,0 +1,260 @@
+"""How long do prefill and a decode step take, next to the physical limit of the device?
+
+Random weights at the KoGPT-6B shape, made on the device; prefill and decode apart; everything through the public API:
+
+    python benchmarks/bench_generate.py --batch 1 8 32 64 --prompt-len 128 --json benchmarks/results/generate.json
+
+A decode step is (time of 73 new tokens - time of 9) / 64: whole chunks, prefill and the host's share per call
+cancelled. Its limit is (weights but the embedding table + keys and values read) / the read bandwidth measured in the
+same run; that of prefill is (2 x weights of the layers x tokens + attention) / the measured rate of a large product in
+the same dtype.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from environment import environment
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kogpt_jax import DEMO, KOGPT_6B, KoGPT, SamplingParams, kv_cache
+from kogpt_jax.config import DTYPES, Dtype, ModelConfig
+from kogpt_jax.engine import STEPS_PER_CHUNK
+
+PRESETS = {"kogpt-6b": KOGPT_6B, "demo": DEMO}
+SAMPLING = {
+    "greedy": SamplingParams(ignore_eos=True),
+    "sampled": SamplingParams(ignore_eos=True, temperature=0.8, top_k=50, top_p=0.95, seed=0),
+}
+FEW_TOKENS = 1 + STEPS_PER_CHUNK
+MANY_TOKENS = FEW_TOKENS + 8 * STEPS_PER_CHUNK
+
+
+def median_s(run: Callable[[], object], repeats: int) -> float:
+    """Median wall time of a call that ends when its result is on the host or ready."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def read_bandwidth(num_bytes: int) -> float:
+    """Bytes a second at which the device reads an array far larger than its caches, by summing it."""
+    values = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
+    total = jax.jit(lambda values, offset: jnp.sum(values ^ offset))
+    num_calls = 10
+
+    def run() -> list[jax.Array]:
+        return [total(values, np.uint32(call)) for call in range(num_calls)]
+
+    return num_calls * values.nbytes / median_s(run, 5)
+
+
+def matrix_rate(size: int, dtype: Dtype) -> float:
+    """Operations a second of a square product in a dtype, on random data."""
+    jax_dtype = dataclasses.replace(DEMO, dtype=dtype).jax_dtype
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size), jnp.float32).astype(jax_dtype) for key in keys)
+    precision = "highest" if dtype == "fp32" else "default"
+    product = jax.jit(functools.partial(jnp.matmul, precision=precision))
+    num_calls = 10
+
+    def run() -> list[jax.Array]:
+        return [product(a, b) for _ in range(num_calls)]
+
+    return num_calls * 2 * size**3 / median_s(run, 5)
+
+
+def step_bytes(config: ModelConfig, batch: int, context: float) -> float:
+    """Bytes a decode step must read: all weights but the embedding table, and each row's keys and values."""
+    layer = 4 * config.model_dim**2 + 2 * config.model_dim * config.ffn_dim
+    weights = config.num_layers * layer + config.vocab_size * config.model_dim
+    cached = batch * context * 2 * config.num_layers * config.model_dim
+    return (weights + cached) * config.jax_dtype.itemsize
+
+
+def prefill_operations(config: ModelConfig, batch: int, prompt_len: int) -> float:
+    """Operations of the layers' products and of causal attention; lm_head sees one token a row."""
+    layer = 4 * config.model_dim**2 + 2 * config.model_dim * config.ffn_dim
+    products = 2 * config.num_layers * layer * prompt_len + 2 * config.vocab_size * config.model_dim
+    attention = 2 * config.num_layers * config.model_dim * prompt_len**2
+    return batch * (products + attention)
+
+
+def prompts(config: ModelConfig, batch: int, prompt_len: int) -> list[list[int]]:
+    tokens = np.random.default_rng(0).integers(5, config.vocab_size, (batch, prompt_len))
+    # Ragged, as prompts are: row b is b mod 8 tokens shorter.
+    return [row[: max(1, prompt_len - slot % 8)].tolist() for slot, row in enumerate(tokens)]
+
+
+def measure(model: KoGPT, batch: int, prompt_len: int, sampling: str, repeats: int) -> dict[str, Any]:
+    """Times one batch and prompt length."""
+    config = model.config
+    rows = prompts(config, batch, prompt_len)
+
+    def generate(max_new_tokens: int) -> float:
+        params = dataclasses.replace(SAMPLING[sampling], max_new_tokens=max_new_tokens)
+        begin = time.perf_counter()
+        model.generate_ids(rows, params)
+        return time.perf_counter() - begin
+
+    first_call_s = generate(MANY_TOKENS)
+    generate(1), generate(FEW_TOKENS)
+    # The three lengths in turn, so that a drift of the clocks meets all of them.
+    times = [[generate(n) for n in (1, FEW_TOKENS, MANY_TOKENS)] for _ in range(repeats)]
+    one, few, many = (statistics.median(column) for column in zip(*times, strict=True))
+    step_s = (many - few) / (MANY_TOKENS - FEW_TOKENS)
+    capacity = model._capacity([(prompt_len, MANY_TOKENS)])
+    return {
+        "batch": batch,
+        "prompt_len": prompt_len,
+        "capacity": capacity,
+        "dtype": config.dtype,
+        "sampling": sampling,
+        "prefill_ms": one * 1e3,
+        "step_ms": step_s * 1e3,
+        "tokens_per_s": batch / step_s,
+        "first_call_s": first_call_s,
+        "compile_s": first_call_s - many,
+        "cache_bytes": batch * kv_cache.cache_bytes_per_row(config, capacity),
+    }
+
+
+def with_limits(row: dict[str, Any], config: ModelConfig, bandwidth: float, rate: float) -> dict[str, Any]:
+    """A measured row with the physical limits beside it."""
+    context = row["prompt_len"] + (FEW_TOKENS + MANY_TOKENS) / 2
+    step_limit_ms = 1e3 * step_bytes(config, row["batch"], context) / bandwidth
+    operations = prefill_operations(config, row["batch"], row["prompt_len"])
+    return row | {
+        "prefill_limit_ms": 1e3 * max(operations / rate, step_bytes(config, 0, 0) / bandwidth),
+        "step_limit_ms": step_limit_ms,
+        "step_percent_of_limit": 100 * step_limit_ms / row["step_ms"],
+    }
+
+
+def memory(model: KoGPT, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Peak device memory so far, beside what the weights and the largest cache need."""
+    stats = jax.devices()[0].memory_stats() or {}
+    weight_bytes = sum(leaf.nbytes for leaf in model._leaves)
+    return {
+        "weight_bytes": weight_bytes,
+        "largest_cache_bytes": max(row["cache_bytes"] for row in rows),
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "limit_bytes": stats.get("bytes_limit"),
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    ceilings = result["ceilings"]
+    title = (
+        f"{result['preset']} on {result['environment']['device']}: "
+        f"reads {ceilings['read_bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"multiplies {ceilings['operations_per_s'] / 1e12:.2f} TFLOP/s"
+    )
+    table = Table(title=title, box=box.SIMPLE)
+    for column in (
+        "dtype",
+        "batch",
+        "prompt",
+        "tokens",
+        "prefill ms",
+        "limit",
+        "step ms",
+        "limit",
+        "%",
+        "tok/s",
+        "compile s",
+    ):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            row["dtype"],
+            str(row["batch"]),
+            str(row["prompt_len"]),
+            row["sampling"],
+            f"{row['prefill_ms']:.2f}",
+            f"{row['prefill_limit_ms']:.2f}",
+            f"{row['step_ms']:.3f}",
+            f"{row['step_limit_ms']:.3f}",
+            f"{row['step_percent_of_limit']:.0f}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['compile_s']:.1f}",
+        )
+    console = Console(width=140)
+    console.print(table)
+    used = result["memory"]
+    if used["peak_bytes"] is not None:
+        beyond = used["peak_bytes"] - used["weight_bytes"] - used["largest_cache_bytes"]
+        console.print(
+            f"memory: weights {used['weight_bytes'] / 1e9:.2f} GB, "
+            f"largest cache {used['largest_cache_bytes'] / 1e9:.2f} GB, peak {used['peak_bytes'] / 1e9:.2f} GB: "
+            f"{beyond / 1e9:.2f} GB beyond"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="kogpt-6b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a quick look")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompt-len", type=int, nargs="+", default=[128])
+    parser.add_argument("--sampling", choices=sorted(SAMPLING), nargs="+", default=sorted(SAMPLING))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--warm-cache", action="store_true", help="use the compilation cache; compile times then say so"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="write the result here")
+    arguments = parser.parse_args()
+
+    if not arguments.warm_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    config = dataclasses.replace(PRESETS[arguments.preset], dtype=arguments.dtype, eos_token_ids=())
+    if arguments.layers is not None:
+        config = dataclasses.replace(config, num_layers=arguments.layers)
+    model = KoGPT.from_random(config)
+    rows = [
+        measure(model, batch, prompt_len, sampling, arguments.repeats)
+        for batch in arguments.batch
+        for prompt_len in arguments.prompt_len
+        for sampling in arguments.sampling
+    ]
+    used = memory(model, rows)  # before the ceilings are measured, which takes memory too
+    on_cpu = jax.default_backend() == "cpu"
+    bandwidth = read_bandwidth(2**28 if on_cpu else 2**32)
+    rate = matrix_rate(1024 if on_cpu else 8192, config.dtype)
+    result = {
+        "preset": arguments.preset,
+        "num_layers": config.num_layers,
+        "parameters": sum(math.prod(leaf.shape) for leaf in model._leaves),
+        "warm_cache": arguments.warm_cache,
+        "ceilings": {"read_bytes_per_s": bandwidth, "operations_per_s": rate},
+        "rows": [with_limits(row, config, bandwidth, rate) for row in rows],
+        "memory": used,
+        "environment": environment(),
+    }
+    print_table(result)
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        temporary = arguments.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.rename(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

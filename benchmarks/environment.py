@@ -1,0 +1,62 @@
+"""What a reader needs to judge a measured figure: machine, device, versions, commit."""
+
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+_PACKAGES = ("kogpt-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "transformers")
+
+
+def environment() -> dict[str, Any]:
+    """Commit, digest of the package's source, versions of what is installed, processor, device with its driver.
+
+    The digest is there for machines that hold a copy of the source without its history: ``commit`` is None then.
+    """
+    device = jax.devices()[0]
+    return {
+        "commit": _output("git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"),
+        "source_sha256": _source_digest(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "cpu": _cpu_model(),
+        "device": device.device_kind,
+        "num_devices": len(jax.devices()),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        if device.platform == "gpu"
+        else None,
+    }
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((pathlib.Path(__file__).parents[1] / "kogpt_jax").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu_model() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
