@@ -75,12 +75,20 @@ class Module:
                     seen |= new
                     waiting += new
 
-    def root_opcode(self, instruction: Instruction) -> str:
-        """The opcode that makes the result; of a fusion the one of its root."""
+    def makers(self, instruction: Instruction) -> list[Instruction]:
+        """What makes the result: of a fusion its root, of a root that is a tuple its elements."""
         if instruction.opcode != "fusion":
-            return instruction.opcode
-        (root,) = (inner for inner in self.computations[instruction.called()[0]] if inner.is_root)
-        return self.root_opcode(root)
+            return [instruction]
+        inner = {inner.name: inner for inner in self.computations[instruction.called()[0]]}
+        waiting = [next(inner for inner in inner.values() if inner.is_root)]
+        makers = []
+        while waiting:
+            maker = waiting.pop()
+            if maker.opcode in ("tuple", "bitcast"):  # they move nothing
+                waiting += [inner[name] for name in re.findall(r"%([\w.-]+)", maker.rest.split(")")[0])]
+            else:
+                makers += self.makers(maker)
+        return makers
 
     def aliased_parameters(self) -> list[Instruction]:
         """Parameters of the program whose memory an output takes over."""
@@ -102,26 +110,28 @@ def in_place_problems(compiled: jax.stages.Compiled, pages: Sequence[jax.Array])
     type_name = f"{letter}[{','.join(map(str, shape))}]"
     problems = []
 
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None, "the backend gives no memory analysis"
+    assert text is not None, "the backend gives no HLO"
     cache_bytes = sum(array.nbytes for array in pages)
     if memory.alias_size_in_bytes < cache_bytes:
         problems.append(f"{memory.alias_size_in_bytes} bytes are aliased, the cache has {cache_bytes}")
     if memory.temp_size_in_bytes >= pages[0].nbytes:
         problems.append(f"{memory.temp_size_in_bytes} temporary bytes, an array of pages has {pages[0].nbytes}")
 
-    module = Module.parse(compiled.as_text())
+    module = Module.parse(text)
     aliased = sum(parameter.result.startswith(type_name) for parameter in module.aliased_parameters())
     if aliased != len(pages):
         problems.append(f"{aliased} of {len(pages)} arrays of pages are aliased to an output")
     num_writes = 0
     for instruction in module.running():
-        # A copy may have another shape and the same elements, but no smaller one.
-        if instruction.result.startswith("(") or num_elements(instruction.result) < pages[0].size:
-            continue
-        opcode = module.root_opcode(instruction)
-        num_writes += opcode in ("scatter", "dynamic-update-slice")
-        if opcode not in _IN_PLACE:
-            problems.append(f"{opcode} makes {instruction.result} ({instruction.name})")
+        for maker in module.makers(instruction):
+            # A copy may have another shape and the same elements, but no smaller one.
+            if num_elements(maker.result) < pages[0].size:
+                continue
+            num_writes += maker.opcode in ("scatter", "dynamic-update-slice")
+            if maker.opcode not in _IN_PLACE:
+                problems.append(f"{maker.opcode} makes {maker.result} ({instruction.name})")
     if num_writes < len(pages):
         problems.append(f"{num_writes} writes into {len(pages)} arrays of pages")
     return problems

@@ -54,11 +54,14 @@ def log_softmax(logits: ArrayLike) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def write_byte_tokenizer(path: pathlib.Path) -> pathlib.Path:
-    """A ``tokenizer.json`` whose ids 0 to 255 are bytes, so that hardly a token is a character, and 256 is [EOS]."""
+def write_byte_tokenizer(path: pathlib.Path, *, num_more: int = 0) -> pathlib.Path:
+    """A ``tokenizer.json`` whose ids 0 to 255 are bytes, so that hardly a token is a character, and 256 is [EOS].
+
+    ``num_more`` special tokens follow.
+    """
     tokenizer = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([EOS_NAME])
+    tokenizer.add_special_tokens([EOS_NAME, *(f"[{index}]" for index in range(num_more))])
     tokenizer.save(str(path))
     return path
 

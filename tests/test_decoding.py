@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import hlo
 import jax
@@ -23,7 +24,7 @@ _COMPILED: list[str] = []
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
-def _note_compilation(event: str, duration: float, **_: str | int) -> None:
+def _note_compilation(event: str, duration_secs: float, **_: str | int) -> None:
     if event == _BACKEND_COMPILE:
         _COMPILED.append(event)
 
@@ -45,10 +46,10 @@ BATCH = 4
 class Call:
     """A phase, as it is and without donation, with arguments for it."""
 
-    donating: Callable
-    keeping: Callable
-    args: tuple
-    static: dict
+    donating: Any
+    keeping: Any
+    args: tuple[Any, ...]
+    static: dict[str, Any]
     cache: KVCache
 
 
@@ -58,19 +59,16 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     cache = dataclasses.replace(cache, page_table=cache.page_table[:BATCH], lengths=cache.lengths[:BATCH])
     rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
     ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)
-    static = {"definition": engine._definition, "mesh": engine.mesh}
+    static: dict[str, Any] = {"definition": engine._definition, "mesh": engine.mesh}
+    args: tuple[Any, ...]
     if phase == "prefill":
-        function = decoding.prefill
-        args = (engine._leaves, cache, np.zeros((BATCH, 16), np.int32), ones, ones, ignore_eos, rows)
-        names = ("definition", "mesh")
+        args = (cache, np.zeros((BATCH, 16), np.int32), ones, ones, ignore_eos, rows)
     else:
-        function = decoding.decode_loop
-        state = DecodeState(cache, *map(jnp.asarray, (ones, ones, ignore_eos)), rows)
-        args = (engine._leaves, state)
+        args = (DecodeState(cache, jnp.asarray(ones), jnp.asarray(ones), jnp.asarray(ignore_eos), rows),)
         static["num_steps"] = STEPS_PER_CHUNK
-        names = ("definition", "mesh", "num_steps")
-    keeping = jax.jit(function.__wrapped__, static_argnames=names)
-    return Call(function, keeping, args, static, cache)
+    function: Any = getattr(decoding, phase)
+    keeping = jax.jit(function.__wrapped__, static_argnames=tuple(static))
+    return Call(function, keeping, (engine._leaves, *args), static, cache)
 
 
 @pytest.fixture(scope="module", params=["prefill", "decode_loop"])
@@ -260,7 +258,13 @@ def test_finished_and_padding_rows_emit_nothing(engine):
 
 
 def programs() -> tuple[int, ...]:
-    phases = (kv_cache.make_kv_cache, decoding.prefill, decoding.decode_loop, decoding.score, decoding.all_logits)
+    phases: tuple[Any, ...] = (
+        kv_cache.make_kv_cache,
+        decoding.prefill,
+        decoding.decode_loop,
+        decoding.score,
+        decoding.all_logits,
+    )
     return tuple(phase._cache_size() for phase in phases)
 
 

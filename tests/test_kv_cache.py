@@ -112,9 +112,10 @@ def test_a_new_cache_gives_each_row_pages_of_its_own():
 def test_specs_have_the_structure_of_a_cache():
     cache = kv_cache.make_kv_cache(CONFIG, make_mesh(), 2, 64)
     specs = kv_cache.cache_specs(CONFIG.num_layers)
-    is_spec = {"is_leaf": lambda node: isinstance(node, jax.sharding.PartitionSpec)}
-    assert jax.tree.structure(specs, **is_spec) == jax.tree.structure(cache)
-    for spec, array in zip(jax.tree.leaves(specs, **is_spec), jax.tree.leaves(cache), strict=True):
+    spec_leaves, structure = jax.tree.flatten(specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
+    array_leaves, cache_structure = jax.tree.flatten(cache)
+    assert (structure,) == (cache_structure,)
+    for spec, array in zip(spec_leaves, array_leaves, strict=True):
         assert len(spec) == array.ndim
 
 
@@ -185,7 +186,7 @@ def test_which_pages_a_row_has_makes_no_difference(engine, expected, monkeypatch
 def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
     """Not those behind a prompt, not those of steps after a row has finished, and a padding row writes one token."""
     marker = 7.0
-    states = []
+    states: list[decoding.DecodeState] = []
 
     def mark(cache: KVCache) -> KVCache:
         marked = tuple(jnp.full_like(pages, marker) for pages in cache.k)

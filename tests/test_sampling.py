@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -338,7 +339,8 @@ def test_values_at_the_borders_and_numpys_are_taken():
     SamplingParams(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
     SamplingParams(max_new_tokens=10**9, temperature=1e30, top_k=2**40, top_p=1e-300, min_p=1.0, seed=2**32 - 1)
     with unchecked_types():
-        params = SamplingParams(max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(4), top_p=1)
+        numpys: dict[str, Any] = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "top_k": np.int32(4)}
+        params = SamplingParams(**numpys, top_p=1)
         assert np.asarray(RowSampling.from_params([params]).temperature).tolist() == [0.5]
 
 
