@@ -204,9 +204,20 @@ def generate(
         for index, result in _in_batches(engine, rows, prompt_ids, row_params, clock):
             text = "".join(result.texts)
             if output_format == "jsonl":
-                usage = {"prompt_tokens": len(prompt_ids[index]), "completion_tokens": len(result.token_ids)}
-                record = {"index": index, "prompt": rows[index].text, "text": text, "token_ids": result.token_ids}
-                _emit_json(record | {"finish_reason": result.finish_reason, "usage": usage})
+                _emit_json(
+                    {
+                        "index": index,
+                        "prompt": rows[index].text,
+                        "text": text,
+                        "token_ids": result.token_ids,
+                        "logprobs": result.logprobs,
+                        "finish_reason": result.finish_reason,
+                        "usage": {
+                            "prompt_tokens": len(prompt_ids[index]),
+                            "completion_tokens": len(result.token_ids),
+                        },
+                    }
+                )
             else:
                 _emit((rows[index].text if echo else "") + text + "\n")
     if stats:
@@ -219,6 +230,7 @@ class _Result:
 
     texts: list[str] = dataclasses.field(default_factory=list)
     token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -238,6 +250,7 @@ def _in_batches(
                 result = results[event.index]
                 result.texts.append(event.text or "")
                 result.token_ids += event.token_ids
+                result.logprobs += event.logprobs
                 result.finish_reason = event.finish_reason
         except (InputError, FloatingPointError) as error:
             raise type(error)(_counted_from(error, rows, first)) from error

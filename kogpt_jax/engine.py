@@ -62,6 +62,7 @@ class StreamEvent:
     index: int  # which prompt
     text: str | None
     token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each token, as in `Completion`
     finish_reason: FinishReason | None
 
 
@@ -131,6 +132,8 @@ class KoGPT:
         self.max_batch_size = max_batch_size
         self._leaves = list(leaves)
         self._definition = model.model_def(config, mesh.shape["tensor"])
+        # On a CPU a chunk that turns out not to be needed would cost more than the wait.
+        self._chunks_in_flight = 1 if mesh.devices.flat[0].platform == "cpu" else 2
 
     @classmethod
     def from_pretrained(
@@ -346,7 +349,7 @@ class KoGPT:
                 text = decoders[index].push(self._readable(new.token_ids, new.finish_reason))
                 if new.finish_reason is not None:
                     text += decoders.pop(index).flush()
-            yield StreamEvent(new.request.index, text, new.token_ids, new.finish_reason)
+            yield StreamEvent(new.request.index, text, new.token_ids, new.logprobs, new.finish_reason)
 
     def _text(self, request: _Request, token_ids: Sequence[int], reason: FinishReason) -> str | None:
         if self.tokenizer is None:
@@ -419,13 +422,11 @@ class KoGPT:
             RowSampling.from_params(params),
             **static,
         )
-        # On a CPU a chunk that turns out not to be needed would cost more than the wait.
-        num_in_flight = 1 if self.mesh.devices.flat[0].platform == "cpu" else 2
         most = int(max_new_tokens.max())
         num_dispatched = 1
         under_way = collections.deque([emitted])
         while True:
-            while num_dispatched < most and len(under_way) < num_in_flight:
+            while num_dispatched < most and len(under_way) < self._chunks_in_flight:
                 state, emitted = decoding.decode_loop(self._leaves, state, num_steps=STEPS_PER_CHUNK, **static)
                 under_way.append(emitted)
                 num_dispatched += STEPS_PER_CHUNK

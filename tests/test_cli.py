@@ -244,6 +244,7 @@ def test_generate_json_lines(checkpoint, engine):
             "prompt": prompt,
             "text": completion.text,
             "token_ids": list(completion.token_ids),
+            "logprobs": pytest.approx(list(completion.logprobs), abs=1e-4),  # of another batch
             "finish_reason": completion.finish_reason,
             "usage": dataclasses.asdict(completion.usage),
         }
@@ -312,7 +313,7 @@ def test_clock_leaves_out_what_may_compile(monkeypatch):
         # Two prompts: prefill, then three chunks; the second prompt ends with the second chunk.
         for seconds, index, count in [(10, 0, 1), (0, 1, 1), (5, 0, 8), (0, 1, 8), (2, 0, 8), (0, 1, 3), (1, 0, 8)]:
             now[0] += seconds
-            yield kogpt_jax.StreamEvent(index, "", (5,) * count, None)
+            yield kogpt_jax.StreamEvent(index, "", (5,) * count, (-1.0,) * count, None)
 
     assert len(list(clock.watch(events()))) == 7
     assert (clock._first_token_s, clock._num_tokens) == (10, 37)
@@ -426,7 +427,7 @@ def test_engine_errors_say_what_prompts_are_counted_from(checkpoint, monkeypatch
         if prompt_ids[0] == self.tokenizer.encode("셋"):
             raise FloatingPointError("prompt 0: not finite")
         for index in range(len(prompt_ids)):
-            yield kogpt_jax.StreamEvent(index, "글", (5,), "length")
+            yield kogpt_jax.StreamEvent(index, "글", (5,), (-1.0,), "length")
 
     monkeypatch.setattr(KoGPT, "stream_ids", stream_ids)
     result = _invoke("generate", "--model", checkpoint, "--max-batch-size", 2, stdin="하나\n둘\n셋\n")
