@@ -242,6 +242,20 @@ def test_the_host_looks_once_at_each_chunk(engine, log):
     assert log == ["prefill", *look, *(["decode_loop", *look] * 3)]
 
 
+def test_on_a_gpu_the_next_chunk_is_under_way_before_the_host_looks(engine, unending, log, monkeypatch):
+    monkeypatch.setattr(engine, "_chunks_in_flight", 2)
+    completions = engine.generate_ids(PROMPTS, greedy(24))
+    assert [completion.token_ids for completion in completions] == [token_ids[:24] for token_ids in unending]
+    look = ["tokens", "logprobs", "all_done"]
+    assert log == ["prefill", "decode_loop", *look, "decode_loop", *look, "decode_loop", *look, *look]
+
+    log.clear()
+    early = [index for index, token_ids in enumerate(unending) if len(until_eos(token_ids)) <= 1 + STEPS_PER_CHUNK]
+    completions = engine.generate_ids([PROMPTS[index] for index in early], SamplingParams(max_new_tokens=48))
+    assert [completion.token_ids for completion in completions] == [until_eos(unending[index]) for index in early]
+    assert log.count("decode_loop") == 2  # one more than needed, and no other
+
+
 def test_finished_and_padding_rows_emit_nothing(engine):
     """What the host sees of them is ``NO_TOKEN`` and 0, and their state stays."""
     emitted = list(engine._dispatch(engine._requests(PROMPTS, [greedy(length) for length in (1, 2, 3, 9, 10, 17, 17)])))

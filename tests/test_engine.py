@@ -257,10 +257,11 @@ def test_a_prompt_too_large_for_the_memory_is_refused_at_the_call(engine, monkey
 
 
 def test_the_estimate_of_a_batch_holds_its_cache(engine):
-    for num_rows, prompt_len, new_len in ((1, 1, 1), (3, 60, 30), (8, 150, 1)):
-        lens = [(prompt_len, new_len)] * num_rows
-        row_bytes = kv_cache.cache_bytes_per_row(CONFIG, prompt_len + new_len - 1)
-        assert engine._batch_bytes(lens) > num_rows * row_bytes
+    """That of the whole bucket: padding rows have pages too."""
+    for num_rows, prompt_len, new_len, batch, capacity in ((1, 1, 1, 1, 64), (3, 60, 30, 4, 128), (8, 150, 1, 8, 192)):
+        needed = engine._batch_bytes([(prompt_len, new_len)] * num_rows)
+        assert needed > batch * kv_cache.cache_bytes_per_row(CONFIG, capacity)
+        assert needed == engine._batch_bytes([(prompt_len, new_len)] * batch)
     assert engine._free_bytes() == math.inf  # the CPU does not tell
 
 
@@ -399,13 +400,14 @@ def test_ids_beyond_the_tokenizer_have_no_text(texts_engine):
         assert completion.text is not None
 
 
-def joined(events, num_prompts: int) -> list[tuple[str, tuple[int, ...], list]]:
-    """Of each prompt: its events' texts and tokens, joined, and their reasons."""
+def joined(events, num_prompts: int) -> list[tuple[str, tuple[int, ...], tuple[float, ...], list]]:
+    """Of each prompt: its events' texts, tokens and log-probabilities, joined, and their reasons."""
     of = [[event for event in events if event.index == index] for index in range(num_prompts)]
     return [
         (
             "".join(event.text for event in row),
             tuple(itertools.chain(*(event.token_ids for event in row))),
+            tuple(itertools.chain(*(event.logprobs for event in row))),
             [event.finish_reason for event in row],
         )
         for row in of
@@ -424,9 +426,9 @@ def joined(events, num_prompts: int) -> list[tuple[str, tuple[int, ...], list]]:
 def test_a_stream_is_generate_event_by_event(texts_engine, params):
     completions = texts_engine.generate_ids(PROMPTS, params)
     events = list(texts_engine.stream_ids(PROMPTS, params))
-    for (text, token_ids, reasons), completion in zip(joined(events, len(PROMPTS)), completions, strict=True):
-        assert text == completion.text
-        assert token_ids == completion.token_ids
+    for row, completion in zip(joined(events, len(PROMPTS)), completions, strict=True):
+        *whole, reasons = row
+        assert whole == [completion.text, completion.token_ids, completion.logprobs]
         assert reasons == [None] * (len(reasons) - 1) + [completion.finish_reason]
     assert all(event.token_ids for event in events)
     assert max(len(event.token_ids) for event in events) <= 8
@@ -435,7 +437,7 @@ def test_a_stream_is_generate_event_by_event(texts_engine, params):
 def test_stream_of_texts(texts_engine):
     completions = texts_engine.generate(TEXTS, greedy(24))
     rows = joined(list(texts_engine.stream(TEXTS, greedy(24))), len(TEXTS))
-    assert [text for text, _, _ in rows] == [completion.text for completion in completions]
+    assert [row[0] for row in rows] == [completion.text for completion in completions]
     (event, *_) = texts_engine.stream(TEXTS[0], greedy(24))
     assert event.index == 0
     assert event.finish_reason is None
