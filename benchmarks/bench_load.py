@@ -8,12 +8,10 @@ processes of their own: once plainly (the disk's rate), once through `load_leave
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -191,21 +189,9 @@ def in_new_process(function: str, *args: str) -> dict[str, float]:
     return json.loads(result.stdout)
 
 
-def versions() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    packages = ("jax", "jaxlib", "flax", "numpy", "safetensors")
-    return {
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "cpus": str(os.cpu_count()),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def main() -> None:
+    from environment import environment  # beside this script; tests import this file as a module of a package
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint in 1e9 bytes")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="dtype to load in (default: as stored, fp16)")
@@ -263,7 +249,7 @@ def main() -> None:
     if args.json:
         result = {
             "benchmark": "load",
-            "versions": versions(),
+            "environment": environment(),
             "config": dataclasses.asdict(config),
             "dtype": args.dtype or config.dtype,
             "largest_tensor_bytes": largest,
