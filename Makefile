@@ -3,7 +3,8 @@
 
 export PYTHON CUDA
 VENV ?= .venv
-PROMPT ?= 오늘 아침에는
+PROMPT ?= 이 영화를 처음 봤을 때는
+SAMPLING ?= --temperature 0.6 --top-p 0.9 --seed 8
 # More arguments for pytest: make test ARGS="-k tokenizer -x"
 ARGS ?=
 
@@ -18,7 +19,7 @@ help: ## list the targets
 
 demo: ## install, and stream Korean text from the shipped model on whatever device there is
 	@$(ENVIRONMENT) $(VENV) runtime cuda
-	$(BIN)/kogpt generate --model demo --prompt "$(PROMPT)" --stream --stats
+	$(BIN)/kogpt generate --model demo --prompt "$(PROMPT)" $(SAMPLING) --echo --stream --stats
 
 test: ## install, and run the tests (CPU; no PyTorch, no compiler)
 	@$(ENVIRONMENT) $(VENV) dev
