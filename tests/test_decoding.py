@@ -325,6 +325,6 @@ def test_another_engine_over_the_same_config_compiles_nothing(engine, tmp_path):
 def test_another_bucket_is_another_program(engine):
     """So the counts of the two tests above can change."""
     before, num_compiled = programs(), len(_COMPILED)
-    engine.score_ids([prompt(17)] * 3)
+    engine.score_ids([prompt(33)] * 5)
     assert programs() == (*before[:3], before[3] + 1, before[4])
     assert len(_COMPILED) == num_compiled + 1

@@ -104,6 +104,16 @@ def test_equal_prompts_with_equal_seeds_have_equal_texts_and_other_seeds_other_t
     assert len({first.token_ids[8:], second.token_ids[8:], fourth.token_ids[8:]}) == 3
 
 
+def test_a_sampled_text_does_not_depend_on_where_it_is_cut(engine, alone):
+    """Noise belongs to the position in the text: not to the step, nor to what is still to come."""
+    for index, number in ((3, 3), (5, 1)):
+        whole = alone[index, number].token_ids
+        (shorter,) = engine.generate_ids([PROMPTS[index]], dataclasses.replace(SAMPLED[number], max_new_tokens=11))
+        assert shorter.token_ids == whole[:11]
+        (rest,) = engine.generate_ids([[*PROMPTS[index], *whole[:3]]], SAMPLED[number])
+        assert rest.token_ids[:21] == whole[3:]
+
+
 def test_without_a_seed_texts_differ(engine):
     params = dataclasses.replace(SAMPLED[0], seed=None)
     completions = engine.generate_ids([PROMPTS[3]] * 4, params) + engine.generate_ids([PROMPTS[3]] * 4, params)
