@@ -359,10 +359,10 @@ class KoGPT:
 
     def _readable(self, token_ids: Sequence[int], reason: FinishReason | None = None) -> Sequence[int]:
         """The ids that stand for text: without the end-of-text token, which a tokenizer may hold for a word, and
-        without ids of a vocabulary that is padded beyond the tokenizer's."""
+        without ids that the tokenizer has no token for."""
         assert self.tokenizer is not None
         token_ids = token_ids[:-1] if reason == "stop" else token_ids
-        return [token_id for token_id in token_ids if token_id < self.tokenizer.vocab_size]
+        return [token_id for token_id in token_ids if token_id in self.tokenizer]
 
     def _run(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
         """Runs all requests, batch after batch. The batches are made here, so that a prompt too large is refused at

@@ -115,6 +115,14 @@ class Tokenizer(abc.ABC):
         decoder = IncrementalDecoder(self, prefix_ids=prompt_ids, skip_special=skip_special)
         return decoder.push(new_ids) + decoder.flush()
 
+    def __contains__(self, token_id: int) -> bool:
+        """Whether an id has a token. A model's vocabulary may hold ids without: gaps, rows padded for a device."""
+        if token_id not in self._pieces and 0 <= token_id < self.vocab_size:
+            piece = self._piece(token_id)
+            if piece is not None:
+                self._pieces[token_id] = piece
+        return token_id in self._pieces
+
     def _checked(self, token_ids: TokenIds) -> list[int]:
         """The ids as Python integers, each of them known to have a text."""
         ids = []
@@ -123,11 +131,8 @@ class Tokenizer(abc.ABC):
                 token_id = operator.index(value)
             except TypeError:
                 raise InputError(f"token id must be an integer, got {value!r}") from None
-            if token_id not in self._pieces:
-                piece = self._piece(token_id) if 0 <= token_id < self.vocab_size else None
-                if piece is None:
-                    raise InputError(f"token id {token_id} is not in the vocabulary of {self.path}")
-                self._pieces[token_id] = piece
+            if token_id not in self:
+                raise InputError(f"token id {token_id} is not in the vocabulary of {self.path}")
             ids.append(token_id)
         return ids
 

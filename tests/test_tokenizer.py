@@ -611,3 +611,10 @@ def test_unreadable_file(tmp_path, capfd):
     assert find_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer.json").mkdir()
     assert "no tokenizer" in refused(tmp_path / "tokenizer.json", capfd)
+
+
+def test_membership_knows_gaps_in_a_vocabulary(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"가": 0, "나": 5}, unk_token="가")).save(str(path))
+    tokenizer = load_tokenizer(path)
+    assert [token_id for token_id in range(-1, 8) if token_id in tokenizer] == [0, 5]
