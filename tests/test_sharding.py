@@ -19,7 +19,22 @@ def test_the_one_supported_mesh():
 
 
 @pytest.mark.parametrize(
-    "name", ["", "1", "d1", "d1p1", "p1d1t1", "d1p1t1 ", " d1p1t1", "d1p1t1\n", "D1P1T1", "d1p1t0", "d01p1t1", "d0p1t1", "d-1p1t1"]
+    "name",
+    [
+        "",
+        "1",
+        "d1",
+        "d1p1",
+        "p1d1t1",
+        "d1p1t1 ",
+        " d1p1t1",
+        "d1p1t1\n",
+        "D1P1T1",
+        "d1p1t0",
+        "d01p1t1",
+        "d0p1t1",
+        "d-1p1t1",
+    ],
 )
 def test_a_name_of_another_form_is_refused(name):
     with pytest.raises(InputError, match="mesh must look like 'd1p1t1'") as caught:
