@@ -448,9 +448,9 @@ def test_tokens_become_special_by_name(tmp_path, is_added):
     model = models.WordLevel({"[UNK]": 0, "[EOS]": 1, "a": 2}, unk_token="[UNK]")
     save_tokenizer_json(tmp_path / "tokenizer.json", model, None, pre_tokenizers.Whitespace(), special=[])
     if is_added:
-        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-        tokenizer.add_tokens(["[EOS]"])
-        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        stored = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        stored.add_tokens(["[EOS]"])
+        stored.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_id == 1
     assert tokenizer.decode([2, 1, 2]) == "a a"
