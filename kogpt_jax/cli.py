@@ -329,7 +329,7 @@ def prompt_loop(
 
     Asks for a prompt, a temperature and the length in tokens of prompt and continuation together; Enter takes the
     default. Ctrl-C stops a text, Ctrl-D ends. In a pipe the answers come one a line, those missing at its end are the
-    defaults.
+    defaults, and a bad one ends the command.
     """
     filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size=1)
@@ -343,6 +343,8 @@ def prompt_loop(
                 raise InputError("prompt is empty")
             prompt_ids = _encode(engine, TextRow("prompt", text))
         except InputError as error:
+            if not has_user:  # the next line is no prompt: it answers the question after this one
+                raise
             _complain(error)
             continue
         try:
@@ -407,11 +409,11 @@ def _ask(question: str) -> str | None:
 
 
 def _ask_value(name: str, default: str, parse: Callable[[str], _T]) -> _T:
-    """Asks until ``parse`` takes the answer.
+    """Asks until ``parse`` takes the answer; a pipe is asked once.
 
     Raises:
         EOFError: the user has left.
-        InputError: the pipe has ended and ``parse`` refuses the default.
+        InputError: ``parse`` refuses what the pipe says or, where it has ended, the default.
     """
     while True:
         answer = _ask(f"{name}({default})> ")
@@ -422,6 +424,8 @@ def _ask_value(name: str, default: str, parse: Callable[[str], _T]) -> _T:
         try:
             return parse(answer.strip() or default)
         except InputError as error:
+            if not _is_terminal(sys.stdin):
+                raise
             _complain(error)
 
 

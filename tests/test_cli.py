@@ -561,18 +561,34 @@ def test_prompt_loop_takes_defaults(checkpoint, engine):
         assert _invoke(*options, stdin=stdin).stdout == expected
 
 
-def test_prompt_loop_asks_again(checkpoint, engine):
+def test_prompt_loop_asks_again(checkpoint, engine, monkeypatch):
+    monkeypatch.setattr(cli, "_is_terminal", lambda stream: stream is sys.stdin)  # a user whose stdout is redirected
     stdin = "\n  \n" + "가" * (_MAX_LEN + 1) + "\n나는\nhot\n-1\n0\nlong\n1\n12\n"
     result = _invoke("prompt", "--model", checkpoint, stdin=stdin)
     assert result.exit_code == 0
     assert result.stdout == _expected(engine, "나는", 12)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("kogpt: error: ")]
+    errors = [line for line in result.stderr.splitlines() if "kogpt: error: " in line]  # after the question
     for line, named in zip(
         errors,
         ["prompt is empty", "prompt is empty", f"{_MAX_LEN}", "'hot'", "-1", "'long'", "max_length must be more than"],
         strict=True,
     ):
         assert named in line
+
+
+@pytest.mark.parametrize(
+    ("stdin", "named"),
+    [
+        ("\n0.8\n64\n오늘은\n0\n20\n", "prompt is empty"),
+        ("오늘은\nabc\n20\n내일은\n0\n20\n", "temperature must be a number, got 'abc'"),
+        ("오늘은\n0\nabc\n내일은\n0\n20\n", "max_length must be an integer, got 'abc'"),
+    ],
+)
+def test_prompt_loop_ends_at_a_bad_line_of_a_pipe(checkpoint, engine, stdin, named):
+    """Nobody is there to be asked again, and to go on would take every later line for the answer to another question."""
+    result = _invoke("prompt", "--model", checkpoint, stdin="나는\n0\n12\n" + stdin)
+    assert (result.exit_code, result.stdout) == (2, _expected(engine, "나는", 12))
+    assert [line for line in result.stderr.splitlines() if "error" in line] == [f"kogpt: error: {named}"]
 
 
 def test_prompt_loop_ends_where_a_pipe_leaves_no_way_on(checkpoint):
