@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal, TextIO, cast
 
 import jax
 import jax.numpy as jnp
@@ -369,7 +369,8 @@ def _converter(dtype: np.dtype, sharding: NamedSharding) -> Callable[[jax.Array]
 @contextlib.contextmanager
 def _progress_bar(total_bytes: int, is_wanted: bool) -> Iterator[Callable[[str, int], None]]:
     """Yields ``advance(file_name, num_bytes)``; it draws only if wanted and stderr is a terminal."""
-    if not (is_wanted and sys.stderr.isatty()):
+    stderr = cast(TextIO | None, sys.stderr)  # None where the shell closed it
+    if not is_wanted or stderr is None or not stderr.isatty():
         yield _draw_nothing
         return
     from rich import console, progress

@@ -307,7 +307,7 @@ class _Clock:
             f"decode       {rate} ({self._num_tokens} tokens in all)",
             f"device       {device.platform} {device.device_kind}, {engine.config.dtype}{peak}",
         ]
-        print(*lines, sep="\n", file=sys.stderr)
+        _tell("\n".join(lines) + "\n")
 
 
 # -- kogpt prompt -----------------------------------------------------------------------------------------------------
@@ -400,11 +400,11 @@ def _ask(question: str) -> str | None:
         except UnicodeDecodeError as error:
             raise InputError(f"stdin is not UTF-8: {error.reason}") from error
     # `input` would put the question among the results.
-    print(question, end="", file=sys.stderr, flush=True)
+    _tell(question)
     stdin = cast(TextIO | None, sys.stdin)
     line = b"" if stdin is None else stdin.buffer.readline()
     if not (_is_terminal(stdin) and line):
-        print(file=sys.stderr, flush=True)  # the Enter that nobody typed
+        _tell("\n")  # the Enter that nobody typed
     return decode_utf8("stdin", line).rstrip("\r\n") if line else None
 
 
@@ -611,4 +611,13 @@ def _emit_json(record: dict[str, Any]) -> None:
 
 def _complain(message: object) -> None:
     """One line on stderr, also where a name in it holds a line feed."""
-    print("kogpt: error:", str(message).replace("\r", "\\r").replace("\n", "\\n"), file=sys.stderr)
+    line = str(message).replace("\r", "\\r").replace("\n", "\\n")
+    _tell(f"kogpt: error: {line}\n")
+
+
+def _tell(text: str) -> None:
+    """Writes to stderr; nowhere if the shell closed it (``print`` would then write among the results)."""
+    stderr = cast(TextIO | None, sys.stderr)
+    if stderr is not None:
+        stderr.write(text)
+        stderr.flush()

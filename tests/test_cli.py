@@ -585,7 +585,7 @@ def test_prompt_loop_asks_again(checkpoint, engine, monkeypatch):
     ],
 )
 def test_prompt_loop_ends_at_a_bad_line_of_a_pipe(checkpoint, engine, stdin, named):
-    """Nobody is there to be asked again, and to go on would take every later line for the answer to another question."""
+    """Nobody is there to be asked again, and to go on would take later lines for answers to other questions."""
     result = _invoke("prompt", "--model", checkpoint, stdin="나는\n0\n12\n" + stdin)
     assert (result.exit_code, result.stdout) == (2, _expected(engine, "나는", 12))
     assert [line for line in result.stderr.splitlines() if "error" in line] == [f"kogpt: error: {named}"]
@@ -646,6 +646,32 @@ def test_closed_streams(checkpoint):
             f"{kogpt} {redirection}", shell=True, env=environment, capture_output=True, text=True, timeout=120
         )
         _assert_refused(completed, line, code=2 if line.startswith("no text") else 1)
+
+
+def test_closed_stderr(checkpoint):
+    """Nothing can be told then, but results and exit codes are as ever."""
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    generate = f"generate --model '{checkpoint}' --stats --max-new-tokens 2"
+    prompt = f"prompt --model '{checkpoint}' --seed 1"
+    for arguments, stdin, code, num_lines in (
+        (f"{generate} --prompt 나는", "", 0, 1),
+        (f"{generate} --top-p 2 --prompt 나는", "", 2, 0),
+        (f"{generate} --unheard-of", "", 2, 0),
+        (prompt, "나는\n0\n12\n", 0, 1),
+    ):
+        completed = subprocess.run(
+            f"'{sys.executable}' -m kogpt_jax {arguments} 2>&-",
+            shell=True,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+        assert (completed.returncode, completed.stdout.count("\n")) == (code, num_lines), completed.stdout
+        assert "error" not in completed.stdout
+        assert "prompt>" not in completed.stdout
 
 
 def test_interrupt(checkpoint):

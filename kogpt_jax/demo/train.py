@@ -351,5 +351,6 @@ if __name__ == "__main__":
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if sys.stderr is not None:  # the shell closed it: `print` would write to stdout
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
