@@ -57,6 +57,7 @@ class TestShipped:
         digest = hashlib.sha256((DIRECTORY / "tokenizer.model").read_bytes()).hexdigest()
         assert digest == read_results(export.FIGURES_FILE)["data"]["sha256"]["tokenizer.model"]
 
+    @pytest.mark.slow
     def test_writes_korean(self):
         engine = KoGPT.from_pretrained("demo")
         assert engine.config == DEMO

@@ -86,6 +86,7 @@ def test_logits(loaded: Loaded) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", [case for case in CASES if case.alone], indirect=True, ids=lambda case: case.name)
 def test_greedy_text_of_a_prompt_alone(loaded: Loaded) -> None:
     params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
@@ -96,6 +97,7 @@ def test_greedy_text_of_a_prompt_alone(loaded: Loaded) -> None:
         check_completion(completion, loaded, index)
 
 
+@pytest.mark.slow
 def test_greedy_text_of_a_ragged_batch(loaded: Loaded) -> None:
     params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     completions = loaded.engine.generate_ids(loaded.case.prompts(), params)
@@ -103,6 +105,7 @@ def test_greedy_text_of_a_ragged_batch(loaded: Loaded) -> None:
         check_completion(completion, loaded, index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loaded", [case for case in CASES if case.eos_token_id is not None], indirect=True, ids=lambda case: case.name
 )
