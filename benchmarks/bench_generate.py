@@ -119,7 +119,7 @@ def measure(model: KoGPT, batch: int, prompt_len: int, sampling: str, repeats: i
     times = [[generate(n) for n in (1, FEW_TOKENS, MANY_TOKENS)] for _ in range(repeats)]
     one, few, many = (statistics.median(column) for column in zip(*times, strict=True))
     step_s = (many - few) / (MANY_TOKENS - FEW_TOKENS)
-    capacity = model._capacity([(prompt_len, MANY_TOKENS)])
+    capacity = model.cache_capacity([(prompt_len, MANY_TOKENS)])
     return {
         "batch": batch,
         "prompt_len": prompt_len,
@@ -150,7 +150,7 @@ def with_limits(row: dict[str, Any], config: ModelConfig, bandwidth: float, rate
 def memory(model: KoGPT, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Peak device memory so far, beside what the weights and the largest cache need."""
     stats = jax.devices()[0].memory_stats() or {}
-    weight_bytes = sum(leaf.nbytes for leaf in model._leaves)
+    weight_bytes = sum(leaf.nbytes for leaf in model.leaves)
     return {
         "weight_bytes": weight_bytes,
         "largest_cache_bytes": max(row["cache_bytes"] for row in rows),
@@ -241,7 +241,7 @@ def main() -> None:
     result = {
         "preset": arguments.preset,
         "num_layers": config.num_layers,
-        "parameters": sum(math.prod(leaf.shape) for leaf in model._leaves),
+        "parameters": sum(math.prod(leaf.shape) for leaf in model.leaves),
         "warm_cache": arguments.warm_cache,
         "ceilings": {"read_bytes_per_s": bandwidth, "operations_per_s": rate},
         "rows": [with_limits(row, config, bandwidth, rate) for row in rows],

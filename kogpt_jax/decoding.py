@@ -28,8 +28,8 @@ _ROWS: Any = partition_spec(("batch",))
 _ROWS_BY_LEN: Any = partition_spec(("batch", "q_len"))
 _SCALAR: Any = PartitionSpec()
 
-# Positions that meet lm_head together when a whole text is scored: logits take [B, block, V].
-_SCORE_BLOCK = 128
+# Positions of a row that meet lm_head together when a whole text is scored: logits take [B, block, V].
+SCORE_BLOCK = 128
 
 
 @functools.partial(
@@ -162,13 +162,23 @@ def score(
         hidden = model.hidden(tokens)
         targets = jnp.roll(tokens, -1, axis=1)
 
-        blocks = []
-        for start in range(0, tokens.shape[1], _SCORE_BLOCK):
-            logits = model.logits(hidden[:, start : start + _SCORE_BLOCK])
-            target = targets[:, start : start + _SCORE_BLOCK, None]
-            chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
-            blocks.append(chosen - jax.nn.logsumexp(logits, axis=-1))
-        return jnp.concatenate(blocks, axis=1)
+        batch, q_len = tokens.shape
+        num_blocks = -(-q_len // SCORE_BLOCK)
+        padding = num_blocks * SCORE_BLOCK - q_len
+
+        def blocks(x: Array) -> Array:
+            x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+            return x.reshape(batch, num_blocks, SCORE_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+        def score_block(block: tuple[Array, Array]) -> Array:
+            hidden, targets = block
+            logits = model.logits(hidden)
+            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+        # A real loop: unrolled, XLA keeps the logits of all blocks alive at once.
+        scores = jax.lax.map(score_block, (blocks(hidden), blocks(targets)))
+        return scores.swapaxes(0, 1).reshape(batch, -1)[:, :q_len]
 
     return jax.shard_map(
         local, mesh=mesh, in_specs=(definition.leaf_specs(), _ROWS_BY_LEN), out_specs=_ROWS_BY_LEN, check_vma=False

@@ -1,8 +1,8 @@
 """`KoGPT`: a loaded model that continues and scores text. The only stateful class, and the state is fixed once loaded.
 
 A call becomes batches of rows; a batch becomes one `prefill` and as many chunks of `decode_loop` as its longest row
-needs. Batch sizes, prompt lengths and cache capacities are rounded up to powers of two, so that a new length meets a
-program that is compiled already.
+needs. Batch sizes, prompt lengths and cache capacities are rounded up to buckets, so that a new length meets a program
+that is compiled already.
 """
 
 import collections
@@ -34,6 +34,8 @@ FinishReason = Literal["stop", "length"]
 # needs.
 STEPS_PER_CHUNK = 8
 _SMALLEST_PROMPT_BUCKET = 16
+
+_GPTJ_DEFAULT_EOS = 50256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,17 +122,13 @@ class KoGPT:
             tokenizer: None leaves the token-id level only.
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
         """
-        if max_batch_size < 1:
-            raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        if tokenizer is not None and tokenizer.eos_id is not None and tokenizer.eos_id not in config.eos_token_ids:
-            # Published GPT-J configs carry eos 50256 from the defaults, a plain word elsewhere: the tokenizer knows
-            # better.
-            config = dataclasses.replace(config, eos_token_ids=(tokenizer.eos_id,))
+        _check_max_batch_size(max_batch_size)
+        config = resolve_eos(config, tokenizer)
         self.config = config
         self.mesh = mesh
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
-        self._leaves = list(leaves)
+        self.leaves = tuple(leaves)
         self._definition = model.model_def(config, mesh.shape["tensor"])
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if mesh.devices.flat[0].platform == "cpu" else 2
@@ -169,6 +167,7 @@ class KoGPT:
         if kv_dtype is not None:
             raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
         extents = sharding.parse_mesh(mesh)
+        _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
         config = checkpoint.load_config(directory, dtype=dtype)
@@ -189,6 +188,7 @@ class KoGPT:
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
         extents = sharding.parse_mesh(mesh)
+        _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
         leaves = model.random_leaves(config, device_mesh, seed=seed)
@@ -203,7 +203,7 @@ class KoGPT:
         checkpoint.save_pretrained(
             directory,
             self.config,
-            self._leaves,
+            self.leaves,
             num_shards=self.mesh.shape["tensor"],
             max_shard_bytes=max_shard_bytes,
             tokenizer_files=() if self.tokenizer is None else self.tokenizer.files,
@@ -270,7 +270,7 @@ class KoGPT:
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
         tokens, _ = self._pad([self._checked_ids(0, token_ids)])
-        logits = decoding.all_logits(self._leaves, tokens, definition=self._definition, mesh=self.mesh)
+        logits = decoding.all_logits(self.leaves, tokens, definition=self._definition, mesh=self.mesh)
         return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
@@ -292,17 +292,21 @@ class KoGPT:
         scores: list[Score | None] = [None] * len(rows)
         for group in self._batches(range(len(rows)), [len(ids) for ids in rows], [0] * len(rows)):
             tokens, _ = self._pad([rows[index] for index in group])
-            logprobs = np.asarray(decoding.score(self._leaves, tokens, definition=self._definition, mesh=self.mesh))
+            logprobs = np.asarray(decoding.score(self.leaves, tokens, definition=self._definition, mesh=self.mesh))
             for slot, index in enumerate(group):
                 row = logprobs[slot, : len(rows[index]) - 1].astype(np.float64)
                 self._check_finite(index, 1, row)
-                scores[index] = Score(rows[index], (None, *row.tolist()), math.exp(-row.mean()))
+                scores[index] = Score(rows[index], (None, *row.tolist()), perplexity(-row.mean()))
         return [score for score in scores if score is not None]
 
     def _encode_prompts(self, prompts: str | Sequence[str]) -> list[list[int]]:
         if self.tokenizer is None:
             raise InputError("the model directory has no tokenizer: use generate_ids, stream_ids or score_ids")
-        return [self.tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise InputError(f"prompts must be a text or a sequence of texts, got {prompts!r}")
+        return [self.tokenizer.encode(prompt) for prompt in prompts]
 
     def _checked_ids(self, index: int, token_ids: Sequence[int]) -> tuple[int, ...]:
         try:
@@ -326,6 +330,9 @@ class KoGPT:
         if params is None:
             params = SamplingParams()
         rows = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else list(params)
+        for row in rows:
+            if not isinstance(row, SamplingParams):
+                raise InputError(f"params must be SamplingParams, got {row!r}")
         if len(rows) != len(prompt_ids):
             raise InputError(
                 f"params must be one or one for each prompt, got {len(rows)} for {len(prompt_ids)} prompts"
@@ -410,10 +417,10 @@ class KoGPT:
         max_new_tokens = np.zeros(batch, np.int32)
         max_new_tokens[: len(requests)] = [request.max_new_tokens for request in requests]
         params = [request.params for request in requests] + padding
-        capacity = self._capacity([(len(request.prompt_ids), request.max_new_tokens) for request in requests])
+        capacity = self.cache_capacity([(len(request.prompt_ids), request.max_new_tokens) for request in requests])
         static = {"definition": self._definition, "mesh": self.mesh}
         state, emitted = decoding.prefill(
-            self._leaves,
+            self.leaves,
             kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity),
             tokens,
             lengths,
@@ -427,7 +434,7 @@ class KoGPT:
         under_way = collections.deque([emitted])
         while True:
             while num_dispatched < most and len(under_way) < self._chunks_in_flight:
-                state, emitted = decoding.decode_loop(self._leaves, state, num_steps=STEPS_PER_CHUNK, **static)
+                state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **static)
                 under_way.append(emitted)
                 num_dispatched += STEPS_PER_CHUNK
             if not under_way:
@@ -448,11 +455,12 @@ class KoGPT:
             lengths[slot] = len(row)
         return tokens, lengths
 
-    def _capacity(self, lens: Sequence[tuple[int, int]]) -> int:
+    def cache_capacity(self, lens: Sequence[tuple[int, int]]) -> int:
         """Tokens a row of the cache must hold, in whole pages; the last token of a row is never stored."""
         longest = max(prompt_len + new_len - 1 for prompt_len, new_len in lens)
         most = kv_cache.pages_per_row(self.config.max_len) * kv_cache.PAGE_LEN
-        return min(_bucket(longest, kv_cache.PAGE_LEN), most)
+        # Every step reads all of it, so that the steps between buckets are halved: 1, 2, 3, 4, 6, 8, 12 ... pages.
+        return min(_bucket(longest, kv_cache.PAGE_LEN), _bucket(longest, 3 * kv_cache.PAGE_LEN), most)
 
     def _batches(
         self, indices: Sequence[int], prompt_lens: Sequence[int], new_lens: Sequence[int]
@@ -478,20 +486,60 @@ class KoGPT:
             order = order[size:]
 
     def _batch_bytes(self, lens: Sequence[tuple[int, int]]) -> int:
-        """Device memory a batch needs beside the weights: its cache, and the largest activations of prefill."""
+        """Device memory a batch needs beside the weights: its cache, and the largest activations of prefill.
+
+        Rows that get no new token are scored: they need no cache, but logits of a block of positions.
+        """
         config = self.config
         batch = _bucket(len(lens), self.mesh.shape["data"])
         q_len = _bucket(max(prompt_len for prompt_len, _ in lens), _SMALLEST_PROMPT_BUCKET)
-        cache = batch * kv_cache.cache_bytes_per_row(config, self._capacity(lens))
+        is_scored = not any(new_len for _, new_len in lens)
+        cache = 0 if is_scored else batch * kv_cache.cache_bytes_per_row(config, self.cache_capacity(lens))
+        num_logits = config.vocab_size * (decoding.SCORE_BLOCK if is_scored else 1)
         # A layer's products in the model's dtype, residual stream and scores of one block of queries in f32.
         widths = (4 * config.model_dim + 2 * config.ffn_dim) * config.jax_dtype.itemsize + 3 * config.model_dim * 4
         scores = 2 * config.num_heads * min(q_len, model.QUERY_BLOCK) * q_len * 4
-        return cache + batch * (q_len * widths + scores + 2 * config.vocab_size * 4)
+        return cache + batch * (q_len * widths + scores + 2 * num_logits * 4)
 
     def _free_bytes(self) -> float:
-        """Memory left on the fullest device; unlimited where the platform does not say (CPU)."""
+        """Memory left on the fullest device; on a CPU what the host has available."""
         stats = [device.memory_stats() for device in self.mesh.local_devices]
-        return min((s["bytes_limit"] - s["bytes_in_use"] if s else math.inf for s in stats), default=math.inf)
+        return min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+
+
+def perplexity(nats: float) -> float:
+    """exp of the mean negative log-probability; infinite where that exceeds a float."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def resolve_eos(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The configuration with the end-of-text ids that a model with this tokenizer runs with.
+
+    Those of the checkpoint count, as in Hugging Face's ``generate``. Only where it has none, or no other than GPT-J's
+    default 50256, which is a plain word in other vocabularies, the tokenizer knows better.
+    """
+    is_default = config.eos_token_ids in ((), (_GPTJ_DEFAULT_EOS,))
+    if is_default and tokenizer is not None and tokenizer.eos_id is not None:
+        return dataclasses.replace(config, eos_token_ids=(tokenizer.eos_id,))
+    return config
+
+
+def _check_max_batch_size(max_batch_size: int) -> None:
+    if not isinstance(max_batch_size, int) or max_batch_size < 1:
+        raise InputError(f"max_batch_size must be at least 1, got {max_batch_size!r}")
+
+
+def _available_host_bytes() -> float:
+    """Memory that Linux can give without swapping; unlimited on systems that do not say."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _bucket(size: int, smallest: int) -> int:

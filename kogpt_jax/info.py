@@ -13,6 +13,7 @@ import jax
 from kogpt_jax import checkpoint, demo, kv_cache, runtime, tokenizer
 from kogpt_jax._version import __version__
 from kogpt_jax.config import Dtype
+from kogpt_jax.engine import resolve_eos
 from kogpt_jax.model import model_def
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")  # beside kogpt_jax itself
@@ -52,6 +53,8 @@ def _model_report(model: str) -> dict[str, Any]:
     directory = demo.DIRECTORY if model == "demo" else pathlib.Path(model)
     model_config = checkpoint.load_config(directory)
     file = tokenizer.find_tokenizer(directory)
+    loaded = None if file is None else tokenizer.load_tokenizer(file)
+    model_config = resolve_eos(model_config, loaded)
     by_dtype = {dtype: dataclasses.replace(model_config, dtype=dtype) for dtype in get_args(Dtype)}
     num_params = sum(math.prod(param.shape) for param in model_def(model_config).params)
     num_pages = kv_cache.pages_per_row(model_config.max_len)
@@ -65,7 +68,7 @@ def _model_report(model: str) -> dict[str, Any]:
             dtype: kv_cache.cache_bytes_per_row(other, num_pages * kv_cache.PAGE_LEN)
             for dtype, other in by_dtype.items()
         },
-        "tokenizer": None if file is None else _tokenizer_report(tokenizer.load_tokenizer(file)),
+        "tokenizer": None if loaded is None else _tokenizer_report(loaded),
     }
 
 

@@ -125,13 +125,11 @@ class GPTJ(nnx.Module):
 
             def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
                 q, k = apply_rotary(q, k, rotary)
-                k_pages = kv_cache.append(cache.k[layer], k, cache.page_table, positions, is_valid)
-                v_pages = kv_cache.append(cache.v[layer], v, cache.page_table, positions, is_valid)
-                return causal_attention(q, k, v), (k_pages, v_pages)
+                return causal_attention(q, k, v), _append(cache, layer, k, v, positions, is_valid)
 
             x, pages = block(x, attend)
             new_pages.append(pages)
-        # of T positions only one meets lm_head
+        # Of a row's positions only one meets lm_head.
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._final_norm(last), _with_pages(cache, new_pages, lengths)
 
@@ -155,10 +153,8 @@ class GPTJ(nnx.Module):
 
             def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
                 q, k = apply_rotary(q, k, rotary)
-                k_pages = kv_cache.append(cache.k[layer], k, cache.page_table, positions, is_valid)
-                v_pages = kv_cache.append(cache.v[layer], v, cache.page_table, positions, is_valid)
-                attn = decode_attention(q[:, 0], k_pages, v_pages, cache.page_table, lengths)
-                return attn[:, None], (k_pages, v_pages)
+                pages = _append(cache, layer, k, v, positions, is_valid)
+                return decode_attention(q[:, 0], *pages, cache.page_table, lengths)[:, None], pages
 
             x, pages = block(x, attend)
             new_pages.append(pages)
@@ -264,6 +260,12 @@ def _product(equation: str, a: Array, b: Array) -> Array:
 def _precision(x: Array) -> jax.lax.Precision | None:
     """In f32 "highest" keeps TF32 out on GPUs; 16 bits are multiplied as they are."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _append(cache: KVCache, layer: int, k: Array, v: Array, positions: Array, is_valid: Array) -> tuple[Array, Array]:
+    """A layer's pages of keys and of values with the new tokens in."""
+    k_pages = kv_cache.append(cache.k[layer], k, cache.page_table, positions, is_valid)
+    return k_pages, kv_cache.append(cache.v[layer], v, cache.page_table, positions, is_valid)
 
 
 def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths: Array) -> KVCache:

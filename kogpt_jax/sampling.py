@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import numbers
 import secrets
 from collections.abc import Sequence
@@ -16,6 +15,11 @@ from jaxtyping import Array, Float, Int, UInt
 from kogpt_jax.errors import InputError
 
 _MAX_SEED = 2**32 - 1
+_MAX_TEMPERATURE = float(np.finfo(np.float32).max)  # what the device's arrays hold
+
+# Which of a prompt's continuations a key is for. There is one so far; it counts already, so that seeds keep their
+# meaning.
+_SAMPLE_INDEX = 0
 _MAX_TOP_K = 2**31 - 1  # more than any vocabulary holds
 
 
@@ -48,7 +52,7 @@ class SamplingParams:
                 raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not 0 <= self.temperature <= _MAX_TEMPERATURE:
             raise InputError(f"temperature must be finite and at least 0, got {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"top_k must be at least 0, got {self.top_k}")
@@ -118,7 +122,8 @@ def _draw(logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array, 
     kept = jnp.where(scaled >= keep_threshold(scaled, rows)[:, None], scaled, -jnp.inf)
 
     def noise(seed: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _SAMPLE_INDEX)
+        key = jax.random.fold_in(key, position)
         return jax.random.gumbel(key, (logits.shape[-1],), jnp.float32)
 
     return jnp.argmax(kept + jax.vmap(noise)(rows.seed, positions), axis=-1).astype(jnp.int32)

@@ -33,7 +33,7 @@ def parse_mesh(name: str) -> tuple[int, int, int]:
     Raises:
         InputError: not of that form, or more than one device, which is not supported yet.
     """
-    match = re.fullmatch(r"d([1-9]\d*)p([1-9]\d*)t([1-9]\d*)", name)
+    match = re.fullmatch(r"d([1-9]\d*)p([1-9]\d*)t([1-9]\d*)", name) if isinstance(name, str) else None
     if match is None:
         raise InputError(f"mesh must look like 'd1p1t1' (data, pipe, tensor extents), got {name!r}")
     data, pipe, tensor = (int(extent) for extent in match.groups())

@@ -68,7 +68,7 @@ def make_call(engine: KoGPT, phase: str) -> Call:
         static["num_steps"] = STEPS_PER_CHUNK
     function: Any = getattr(decoding, phase)
     keeping = jax.jit(function.__wrapped__, static_argnames=tuple(static))
-    return Call(function, keeping, (engine._leaves, *args), static, cache)
+    return Call(function, keeping, (engine.leaves, *args), static, cache)
 
 
 @pytest.fixture(scope="module", params=["prefill", "decode_loop"])
@@ -138,11 +138,11 @@ def test_donated_buffers_are_gone_after_a_call(engine):
     assert all(pages.is_deleted() for pages in (*call.cache.k, *call.cache.v))
     addresses = [pages.unsafe_buffer_pointer() for pages in (*state.cache.k, *state.cache.v)]
     static = {**call.static, "num_steps": STEPS_PER_CHUNK}
-    next_state, _ = decoding.decode_loop(engine._leaves, state, **static)
+    next_state, _ = decoding.decode_loop(engine.leaves, state, **static)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert [pages.unsafe_buffer_pointer() for pages in (*next_state.cache.k, *next_state.cache.v)] == addresses
     assert not emitted.tokens.is_deleted()
-    assert not any(leaf.is_deleted() for leaf in engine._leaves)
+    assert not any(leaf.is_deleted() for leaf in engine.leaves)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(state.cache.k[0])
 

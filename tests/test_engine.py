@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import pathlib
 from typing import Any
 
@@ -14,7 +13,8 @@ import small_model
 import tolerances
 from small_model import CONFIG, EOS_NAME, greedy, log_softmax, prompt, unchecked_types
 
-from kogpt_jax import Completion, KoGPT, SamplingParams, Score, Usage, kv_cache
+from kogpt_jax import KOGPT_6B, Completion, KoGPT, SamplingParams, Score, Usage, decoding, kv_cache
+from kogpt_jax.engine import perplexity, resolve_eos
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
 from kogpt_jax.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def engine(directory: pathlib.Path) -> KoGPT:
 def texts_engine(engine: KoGPT, tmp_path_factory: pytest.TempPathFactory) -> KoGPT:
     """The same model with a tokenizer: bytes, so that hardly a token is a character."""
     path = small_model.write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
-    return KoGPT(engine.config, engine._leaves, engine.mesh, load_tokenizer(path))
+    return KoGPT(engine.config, engine.leaves, engine.mesh, load_tokenizer(path))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def batches_of(engine: KoGPT, monkeypatch: pytest.MonkeyPatch) -> list[list[int]
 
 @pytest.mark.parametrize(("max_batch_size", "sizes"), [(1, [1] * 7), (4, [4, 3])])
 def test_more_prompts_than_a_batch_holds_come_back_in_order(engine, alone, monkeypatch, max_batch_size, sizes):
-    small = KoGPT(engine.config, engine._leaves, engine.mesh, max_batch_size=max_batch_size)
+    small = KoGPT(engine.config, engine.leaves, engine.mesh, max_batch_size=max_batch_size)
     batches = batches_of(small, monkeypatch)
     order = [3, 0, 6, 1, 5, 2, 4]
     completions = small.generate_ids([PROMPTS[index] for index in order], greedy(24))
@@ -238,7 +238,7 @@ def test_more_prompts_than_a_batch_holds_come_back_in_order(engine, alone, monke
 @pytest.mark.parametrize("max_batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused(engine, max_batch_size):
     with pytest.raises(InputError, match=f"max_batch_size must be at least 1, got {max_batch_size}"):
-        KoGPT(engine.config, engine._leaves, engine.mesh, max_batch_size=max_batch_size)
+        KoGPT(engine.config, engine.leaves, engine.mesh, max_batch_size=max_batch_size)
 
 
 def test_batches_are_split_to_fit_the_memory(engine, alone, monkeypatch):
@@ -272,7 +272,7 @@ def test_the_estimate_of_a_batch_holds_its_cache(engine):
         needed = engine._batch_bytes([(prompt_len, new_len)] * num_rows)
         assert needed > batch * kv_cache.cache_bytes_per_row(CONFIG, capacity)
         assert needed == engine._batch_bytes([(prompt_len, new_len)] * batch)
-    assert engine._free_bytes() == math.inf  # the CPU does not tell
+    assert 10**6 < engine._free_bytes() < 10**15  # of a CPU: what the host has available
 
 
 def test_free_bytes_are_those_of_the_fullest_device(engine, monkeypatch):
@@ -460,7 +460,7 @@ def test_a_stream_without_a_tokenizer_has_tokens_and_no_text(engine, alone):
 
 
 def test_a_stream_over_several_batches(engine, alone):
-    small = KoGPT(engine.config, engine._leaves, engine.mesh, max_batch_size=4)
+    small = KoGPT(engine.config, engine.leaves, engine.mesh, max_batch_size=4)
     tokens: dict[int, list[int]] = {}
     for event in small.stream_ids(PROMPTS, greedy(24)):
         tokens.setdefault(event.index, []).extend(event.token_ids)
@@ -488,12 +488,15 @@ def test_streams_side_by_side_do_not_mix(engine, alone):
         assert token_ids == alone[index, -1].token_ids
 
 
-def test_the_tokenizers_eos_replaces_one_that_the_config_has_by_default(engine, texts_engine):
-    assert texts_engine.config == engine.config  # the tokenizer's is among the config's
-    config = dataclasses.replace(CONFIG, eos_token_ids=(50,))
-    other = KoGPT(config, engine._leaves, engine.mesh, texts_engine.tokenizer)
-    assert other.config.eos_token_ids == (texts_engine.tokenizer.eos_id,) == (256,)
-    assert KoGPT(config, engine._leaves, engine.mesh).config.eos_token_ids == (50,)
+def test_the_tokenizers_eos_counts_where_the_checkpoint_has_none_of_its_own(engine, texts_engine):
+    assert texts_engine.config == engine.config  # the checkpoint's own ids count
+    tokenizer = texts_engine.tokenizer
+    for eos_token_ids, expected in (((), (256,)), ((50256,), (256,)), ((3, 7), (3, 7)), ((50256, 3), (50256, 3))):
+        config = dataclasses.replace(KOGPT_6B, eos_token_ids=eos_token_ids)
+        assert resolve_eos(config, tokenizer).eos_token_ids == expected
+        assert resolve_eos(config, None) == config
+    without = dataclasses.replace(CONFIG, eos_token_ids=())
+    assert KoGPT(without, engine.leaves, engine.mesh, tokenizer).config.eos_token_ids == (256,)
 
 
 # -- Scores and logits ------------------------------------------------------------------------------------------------
@@ -516,7 +519,7 @@ def test_a_score_is_of_its_row_alone(engine):
     for row, score in zip(rows, together, strict=True):
         (alone_score,) = engine.score_ids([row])
         tolerances.assert_close(known(score), known(alone_score), tolerances.ROW_ALONE_VS_BATCH["fp32"])
-    small = KoGPT(engine.config, engine._leaves, engine.mesh, max_batch_size=1)
+    small = KoGPT(engine.config, engine.leaves, engine.mesh, max_batch_size=1)
     assert [score.token_ids for score in small.score_ids(rows)] == [tuple(row) for row in rows]
 
 
@@ -546,7 +549,7 @@ def with_leaf(engine: KoGPT, path: str, change) -> KoGPT:
     """The engine with one leaf changed."""
     leaves = [
         jax.device_put(change(np.array(leaf)), leaf.sharding) if param.path == path else leaf
-        for param, leaf in zip(model_def(CONFIG).params, engine._leaves, strict=True)
+        for param, leaf in zip(model_def(CONFIG).params, engine.leaves, strict=True)
     ]
     return KoGPT(engine.config, leaves, engine.mesh)
 
@@ -612,11 +615,44 @@ def test_a_banned_token_is_no_error(engine, alone):
 
 def test_random_weights_are_those_of_their_seed():
     engines = [KoGPT.from_random(CONFIG, seed=seed) for seed in (0, 0, 1)]
-    first, again, other = ([np.asarray(leaf) for leaf in engine._leaves] for engine in engines)
+    first, again, other = ([np.asarray(leaf) for leaf in engine.leaves] for engine in engines)
     for param, one, two, three in zip(model_def(CONFIG).params, first, again, other, strict=True):
         assert (one.shape, one.dtype) == (param.shape, param.dtype)
         np.testing.assert_array_equal(one, two)
         assert np.all(one != three) or np.mean(one != three) > 0.99, param.path
         assert abs(np.mean(one) - param.init_mean) < 0.02, param.path
-    assert len({np.asarray(leaf).ravel()[:4].tobytes() for leaf in engines[0]._leaves}) == len(first)
+    assert len({np.asarray(leaf).ravel()[:4].tobytes() for leaf in engines[0].leaves}) == len(first)
     assert jnp.all(jnp.isfinite(engines[0].logits([1, 2, 3])))
+
+
+def test_a_perplexity_beyond_a_float_is_infinite():
+    assert perplexity(1.0) == pytest.approx(np.e)
+    assert perplexity(1000.0) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda engine: engine.generate(5), "prompts must be a text or a sequence of texts, got 5"),
+        (lambda engine: engine.generate("x", {"max_new_tokens": 3}), "params must be SamplingParams, got 'max_new_"),
+        (lambda engine: KoGPT.from_pretrained("demo", mesh=None), "mesh must look like 'd1p1t1'"),
+        (
+            lambda engine: KoGPT.from_pretrained("demo", max_batch_size=2.5),
+            "max_batch_size must be at least 1, got 2.5",
+        ),
+    ],
+    ids=["prompts", "params", "mesh", "max_batch_size"],
+)
+def test_arguments_of_the_wrong_kind_are_named(texts_engine, call, message):
+    with unchecked_types(), pytest.raises(InputError, match=message):
+        call(texts_engine)
+
+
+def test_scoring_a_long_row_holds_the_logits_of_one_block(engine):
+    """A wide vocabulary over many positions: all logits at once would be 33 MB a row."""
+    config = dataclasses.replace(CONFIG, vocab_size=16384, max_len=512, num_layers=1)
+    wide = KoGPT.from_random(config)
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    lowered = decoding.score.lower(wide.leaves, tokens, definition=wide._definition, mesh=wide.mesh)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 3 * decoding.SCORE_BLOCK * config.vocab_size * 4
