@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kogpt_jax.config import DTYPES, Dtype, ModelConfig
 from kogpt_jax.errors import InputError
+from kogpt_jax.json_files import write_json
 from kogpt_jax.model import ParamSpec, model_def
 from kogpt_jax.sharding import named_sharding
 from kogpt_jax.weight_files import (
@@ -36,7 +37,6 @@ from kogpt_jax.weight_files import (
     read_ahead,
     renamed_when_complete,
     split_rows,
-    write_json,
     write_weights,
 )
 

@@ -1,7 +1,6 @@
 """What a model is: one frozen dataclass, read from and written to Hugging Face's ``config.json``."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kogpt_jax.errors import InputError
+from kogpt_jax.json_files import read_json_object
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -110,7 +110,7 @@ class ModelConfig:
         """Reads ``config.json`` of a Hugging Face model directory.
 
         Raises:
-            InputError: the directory or file is missing, is not JSON, or says what ``from_hf_dict`` refuses.
+            InputError: the directory or file is missing, is no JSON object, or says what ``from_hf_dict`` refuses.
         """
         directory = pathlib.Path(directory)
         if not directory.is_dir():
@@ -118,13 +118,7 @@ class ModelConfig:
         path = directory / "config.json"
         if not path.is_file():
             raise InputError(f"config.json is missing in {directory}")
-        try:
-            hf = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(hf, dict):
-            raise InputError(f"{path} must hold a JSON object, got {type(hf).__name__}")
-        return cls.from_hf_dict(hf, dtype=dtype, source=str(path))
+        return cls.from_hf_dict(read_json_object(path), dtype=dtype, source=str(path))
 
     def to_hf_dict(self) -> dict[str, Any]:
         """The ``config.json`` that Hugging Face transformers reads back as this model."""

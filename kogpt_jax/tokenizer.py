@@ -22,7 +22,8 @@ import sentencepiece
 import tokenizers
 from jaxtyping import Int
 
-from kogpt_jax.errors import InputError
+from kogpt_jax.errors import InputError, one_line
+from kogpt_jax.json_files import read_json_object
 
 # KoGPT's names for the five roles, tried whenever a checkpoint's own files are silent: KoGPT's users pass them by hand.
 KOGPT_SPECIAL_TOKENS = {"bos": "[BOS]", "eos": "[EOS]", "unk": "[UNK]", "pad": "[PAD]", "mask": "[MASK]"}
@@ -233,7 +234,7 @@ class _SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("the file is empty")
             self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except RuntimeError as error:
-            raise InputError(f"{path} is not a SentencePiece model: {_one_line(error)}") from error
+            raise InputError(f"{path} is not a SentencePiece model: {one_line(error)}") from error
         self.vocab_size = processor.vocab_size()
         self._fallback_id = unknown_id = processor.unk_id()
         self._unknown_text: str = processor.decode([unknown_id])
@@ -292,12 +293,11 @@ class _HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__(path)
-        raw = _read_bytes(path)
-        spec = _parse_json(raw, path)
+        spec = read_json_object(path)
         try:
-            self._tokenizer = tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+            self._tokenizer = tokenizer = tokenizers.Tokenizer.from_buffer(_read_bytes(path))
         except ValueError as error:
-            raise InputError(f"{path} is not a Hugging Face tokenizer: {_one_line(error)}") from error
+            raise InputError(f"{path} is not a Hugging Face tokenizer: {one_line(error)}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # that is: special tokens in a text are encoded as the text they are
@@ -389,7 +389,7 @@ def _find_roles(files: Iterable[pathlib.Path], id_of: Callable[[str], int | None
 def _named_roles(file: pathlib.Path) -> dict[str, str]:
     """What ``bos_token`` and its like say in a file: a string or an object with a string ``content``."""
     names = {}
-    spec = _parse_json(_read_bytes(file), file)
+    spec = read_json_object(file)
     for role in KOGPT_SPECIAL_TOKENS:
         value = spec.get(f"{role}_token")
         name = value.get("content") if isinstance(value, dict) else value
@@ -493,18 +493,3 @@ def _read_bytes(path: pathlib.Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parse_json(raw: bytes, path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(raw)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"{path} is not valid JSON: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _one_line(error: Exception) -> str:
-    """The message of a library's exception as one line."""
-    return " ".join(str(error).split())

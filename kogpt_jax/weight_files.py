@@ -23,7 +23,8 @@ import numpy as np
 import safetensors
 
 from kogpt_jax.config import Dtype
-from kogpt_jax.errors import InputError
+from kogpt_jax.errors import InputError, one_line
+from kogpt_jax.json_files import read_json_object, write_json
 
 # Large enough for the disk, small enough that a block is checked and copied while it is in the CPU's cache. Two readers
 # keep the disk busy while one block is copied; the buffers are all that a load keeps on the host beside the arrays.
@@ -196,13 +197,7 @@ def _open_file(path: pathlib.Path, closing: contextlib.ExitStack) -> WeightFile:
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     """The ``weight_map`` of an index: key -> name of a file that exists beside the index."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {one_line(error)}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{path} has no weight_map")
     for key, name in weight_map.items():
@@ -371,12 +366,3 @@ def _write_safetensors(path: pathlib.Path, dtype: Dtype, tensors: Sequence[Tenso
             file.write(values.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())  # a full disk must show before the rename
-
-
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's first line, for a message of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -237,7 +237,7 @@ def test_another_architecture(tmp_path):
     ("text", "named"),
     [
         ("{", "JSON"),
-        ("[]", "weight_map"),
+        ("[]", "JSON object"),
         ("{}", "weight_map"),
         ('{"weight_map": {"lm_head.bias": 1}}', "lm_head.bias"),
     ],

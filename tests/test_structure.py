@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "_version",
     "errors",
+    "json_files",
     "config",
     "sharding",
     "kv_cache",

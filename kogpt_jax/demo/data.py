@@ -21,6 +21,7 @@ from jaxtyping import Array, UInt16
 
 from kogpt_jax import decoding
 from kogpt_jax.errors import InputError
+from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import ModelDef
 
 TRAIN_FILES = ("reviews.train.txt", "constitution.txt")
@@ -126,13 +127,13 @@ def load(directory: pathlib.Path) -> tuple[dict[str, Stream], dict[str, Any]]:
     """The streams by split and the facts that `prepare` wrote.
 
     Raises:
-        InputError: a file is missing.
+        InputError: a file is missing, or ``data.json`` is no JSON object.
     """
     files = [directory / f"{name}.npy" for name in SPLITS]
     for file in (*files, directory / "data.json"):
         if not file.is_file():
             raise InputError(f"{file} is missing: run `prepare` first")
-    facts = json.loads((directory / "data.json").read_text(encoding="utf-8"))
+    facts = read_json_object(directory / "data.json")
     return {name: np.load(file) for name, file in zip(SPLITS, files, strict=True)}, facts
 
 

@@ -15,6 +15,7 @@ from kogpt_jax import checkpoint
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.demo import data
 from kogpt_jax.errors import InputError
+from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import model_def
 from kogpt_jax.sharding import make_mesh, named_sharding
 
@@ -60,7 +61,7 @@ def export(
     Returns:
         What ``demo_training.json`` holds.
     """
-    results = {run: _read_json(run / RUN_FILE) for run in runs}
+    results = {run: read_json_object(run / RUN_FILE) for run in runs}
     best = min(results, key=lambda run: results[run]["validation_bits_per_char"])
     figures = results[best]
     config = ModelConfig.from_hf_dict(figures["model"], dtype=figures["dtype"], source=str(best / RUN_FILE))
@@ -95,7 +96,7 @@ def export(
         }
         for result in results.values()
     ]
-    baseline_bits = None if baseline is None else _read_json(baseline)["heldout"]["bits_per_char"]
+    baseline_bits = None if baseline is None else read_json_object(baseline)["heldout"]["bits_per_char"]
     checkpoint.save_pretrained(out, config, leaves, max_shard_bytes=_MAX_SHARD_BYTES, tokenizer_files=[tokenizer_file])
     figures["weights_sha256"] = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.glob("*.safetensors"))
@@ -181,9 +182,3 @@ The tokenizer comes out bit for bit, the weights up to what another GPU or compi
 Weights, tokenizer and this card: [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/), as the reviews they
 were learnt from. The code is Apache-2.0.
 """
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    return json.loads(path.read_text(encoding="utf-8"))
