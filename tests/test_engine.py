@@ -131,6 +131,7 @@ def known(score: Score) -> list[float]:
     return [logprob for logprob in score.logprobs[1:] if logprob is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_16_bits(engine, directory, dtype):
     """Logits near those of f32; decoding near the whole forward; a row among others near the row alone."""
