@@ -36,6 +36,7 @@ _SAFETENSORS = "model.safetensors"
 _SAFETENSORS_SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 _TORCH_BIN = "pytorch_model.bin"
 _INDEX_SUFFIX = ".index.json"
+_SUFFIXES = (".safetensors", ".bin")
 
 # Our dtypes as the files spell them, and as NumPy knows them.
 _DTYPE_OF_SAFETENSORS: dict[str, Dtype] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -155,17 +156,29 @@ def open_tensors(directory: pathlib.Path, closing: contextlib.ExitStack) -> dict
     Looks for Hugging Face's four layouts in transformers' order: safetensors before torch, one file before an index.
 
     Raises:
-        InputError: no weights, a missing or damaged file, a key in two files, or an index that does not fit its files.
+        InputError: no weights, a missing or damaged file, a directory or dead link in a file's place, a key in two
+            files, or an index that does not fit its files.
     """
     if not directory.is_dir():
         raise InputError(f"model directory does not exist: {directory}")
     for name in (_SAFETENSORS, _TORCH_BIN):
-        index = directory / f"{name}{_INDEX_SUFFIX}"
-        if (directory / name).exists():
-            return _in_disk_order(_open_file(directory / name, closing).tensors)
-        if index.exists():
+        file, index = directory / name, directory / f"{name}{_INDEX_SUFFIX}"
+        if _is_there(file):
+            return _in_disk_order(_open_file(file, closing).tensors)
+        if _is_there(index):
             return _open_indexed(index, closing)
     raise InputError(f"no {_SAFETENSORS}, {_TORCH_BIN} or index of either in {directory}")
+
+
+def _is_there(path: pathlib.Path) -> bool:
+    """Whether a file has this name; what has it and is no file is refused, not passed over for the next layout."""
+    if path.is_file():
+        return True
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+    if path.exists():
+        raise InputError(f"{path} is not a file")
+    return False
 
 
 def _open_indexed(index: pathlib.Path, closing: contextlib.ExitStack) -> dict[str, StoredTensor]:
@@ -203,6 +216,8 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     for key, name in weight_map.items():
         if not isinstance(name, str) or pathlib.PurePath(name).name != name:
             raise InputError(f"{path}: key {key!r} must name a file beside the index, got {name!r}")
+        if pathlib.PurePath(name).suffix not in _SUFFIXES:
+            raise InputError(f"{path}: key {key!r} names {name}, expected a file that ends in {' or '.join(_SUFFIXES)}")
         if not (path.parent / name).is_file():
             raise InputError(f"{path}: key {key!r} names {name}, which is missing")
     return weight_map

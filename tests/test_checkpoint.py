@@ -261,6 +261,38 @@ def test_index_names_a_file_that_is_not_there(tmp_path, name):
     assert name in message
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "model-00001-of-00003.safetensors.part", "model"])
+def test_index_names_a_file_of_another_kind(tmp_path, name):
+    write_sharded(tmp_path, hf_tensors(TINY))
+    (tmp_path / name).write_text("not weights")
+    write_index(tmp_path, read_index(tmp_path) | {"lm_head.bias": name})
+    assert load_error(tmp_path) == (
+        f"{tmp_path / 'model.safetensors.index.json'}: key 'lm_head.bias' names {name}, "
+        "expected a file that ends in .safetensors or .bin"
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_weights_that_are_no_file(tmp_path, name):
+    """They are not passed over for another layout that is there, either."""
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    path = tmp_path / name
+    path.mkdir()
+    assert load_error(tmp_path) == f"{path} is not a file"
+    path.rmdir()
+    path.symlink_to(tmp_path / "blob")
+    assert load_error(tmp_path) == f"{path} is a link to {tmp_path / 'blob'}, which does not exist"
+
+
+def test_weights_behind_a_link(tmp_path):
+    directory = tmp_path / "linked"
+    write_single(tmp_path, hf_tensors(TINY))
+    directory.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).symlink_to(tmp_path / name)
+    assert checkpoint.stored_dtype(directory) == checkpoint.stored_dtype(tmp_path)
+
+
 def test_shard_is_missing(tmp_path):
     write_sharded(tmp_path, hf_tensors(TINY))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
