@@ -636,9 +636,12 @@ def test_a_perplexity_beyond_a_float_is_infinite():
     [
         (lambda engine: engine.generate(5), "prompts must be a text or a sequence of texts, got 5"),
         (lambda engine: engine.generate("x", {"max_new_tokens": 3}), "params must be SamplingParams, got 'max_new_"),
-        (lambda engine: KoGPT.from_pretrained("demo", mesh=None), "mesh must look like 'd1p1t1'"),
         (
-            lambda engine: KoGPT.from_pretrained("demo", max_batch_size=2.5),
+            lambda engine: KoGPT.from_pretrained("demo", mesh=None),  # type: ignore[arg-type]
+            "mesh must look like 'd1p1t1'",
+        ),
+        (
+            lambda engine: KoGPT.from_pretrained("demo", max_batch_size=2.5),  # type: ignore[arg-type]
             "max_batch_size must be at least 1, got 2.5",
         ),
     ],
@@ -655,5 +658,6 @@ def test_scoring_a_long_row_holds_the_logits_of_one_block(engine):
     wide = KoGPT.from_random(config)
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
     lowered = decoding.score.lower(wide.leaves, tokens, definition=wide._definition, mesh=wide.mesh)
-    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 3 * decoding.SCORE_BLOCK * config.vocab_size * 4
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 3 * decoding.SCORE_BLOCK * config.vocab_size * 4
