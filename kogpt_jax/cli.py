@@ -47,8 +47,13 @@ _Model = Annotated[
     str, typer.Option("--model", "-m", metavar="DIR", help="Hugging Face directory, or 'demo' for the shipped model.")
 ]
 _DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype to run in; as the weights are stored if not given.")]
-_Quant = Annotated[str | None, typer.Option(help="Weight quantisation; no mode is supported yet.")]
-_KvDtype = Annotated[str | None, typer.Option(help="Dtype of the KV cache; only the model's is supported yet.")]
+_Quant = Annotated[
+    str | None, typer.Option(help="Weight quantisation. No mode is supported yet: leave it out, or say 'none'.")
+]
+_KvDtype = Annotated[
+    str | None,
+    typer.Option(help="Dtype of the KV cache. Only the model's is supported yet: leave it out, or say 'none'."),
+]
 _Mesh = Annotated[str, typer.Option(help="Devices along the data, pipe and tensor axes; only d1p1t1 is supported yet.")]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
 _Temperature = Annotated[
@@ -521,8 +526,11 @@ def _load(
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too: the engine sees it when the weights are loaded
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
+    for option, value in (("--quant", quant), ("--kv-dtype", kv_dtype)):
+        if value not in (None, "none"):  # here, since a command line has no None, which is what the engine asks for
+            raise InputError(f"{option} {value!r} is not supported yet: leave the option out")
     engine = kogpt_jax.KoGPT.from_pretrained(
-        model, dtype=dtype, quant=quant, kv_dtype=kv_dtype, mesh=mesh, max_batch_size=max_batch_size, progress=True
+        model, dtype=dtype, mesh=mesh, max_batch_size=max_batch_size, progress=True
     )
     if engine.tokenizer is None:
         raise InputError(f"{model} has no tokenizer: expected tokenizer.json or a SentencePiece *.model in it")

@@ -320,6 +320,11 @@ def test_clock_leaves_out_what_may_compile(monkeypatch):
     assert (clock._decode_tokens, clock._decode_s) == (19, 3)
 
 
+def test_none_is_as_left_out(checkpoint):
+    options = ["--model", checkpoint, "--prompt", "나는", "--max-new-tokens", 5]
+    assert _output("generate", *options, "--quant", "none", "--kv-dtype", "none") == _output("generate", *options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -330,8 +335,8 @@ def test_clock_leaves_out_what_may_compile(monkeypatch):
         (["--top-p", "0"], ["top_p", "0"]),
         (["--min-p", "1.5"], ["min_p", "1.5"]),
         (["--seed", "-1"], ["seed", "-1"]),
-        (["--quant", "w8a16"], ["quant", "w8a16"]),
-        (["--kv-dtype", "fp8"], ["kv_dtype", "fp8"]),
+        (["--quant", "w8a16"], ["--quant", "w8a16", "leave the option out"]),
+        (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "leave the option out"]),
         (["--mesh", "d1p1t2"], ["mesh", "d1p1t2"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
         (["--max-batch-size", "0"], ["--max-batch-size", "0"]),
