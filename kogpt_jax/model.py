@@ -236,9 +236,17 @@ def decode_attention(
 ) -> Float[Array, "B N H"]:
     """One query a row attends to the row's first ``lengths[b]`` keys, at least one; scores and softmax in f32.
 
-    Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie;
-    putting a row's pages in one piece first would copy and transpose the cache every step.
+    On a CPU a loop goes over the pages that are used; elsewhere all pages of the table are multiplied at once, because
+    there a loop whose end is computed makes the host wait.
     """
+    return jax.lax.platform_dependent(
+        q, k_pages, v_pages, page_table, lengths, cpu=_attend_page_after_page, default=_attend_all_pages
+    )
+
+
+def _attend_all_pages(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
+    """Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie;
+    putting a row's pages in one piece first would copy and transpose the cache every step."""
     max_pages = page_table.shape[1]
     k = kv_cache.gather(k_pages, page_table)
     v = kv_cache.gather(v_pages, page_table)
@@ -251,6 +259,31 @@ def decode_attention(
     # Or XLA puts these sums into whatever reads them, one thread an output: 30 times slower at 8 rows on an H100.
     by_page, total = jax.lax.optimization_barrier((by_page, jnp.sum(probs, axis=(1, 3))))
     return (jnp.sum(by_page, axis=1) / total[..., None]).astype(q.dtype)
+
+
+def _attend_page_after_page(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
+    """Online softmax (Milakov and Gimelshein 2018): maximum, sum and output so far are rescaled with each page. A page
+    without a valid token for a row leaves that row's as they are, bit for bit."""
+    page_len = k_pages.shape[2]
+
+    def add_page(slot: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        maximum, total, out = so_far
+        pages = page_table[:, slot][:, None]
+        k, v = kv_cache.gather(k_pages, pages)[:, 0], kv_cache.gather(v_pages, pages)[:, 0]
+        is_valid = (slot * page_len + jnp.arange(page_len) < lengths[:, None])[:, None]  # [B, 1, page_len]
+        scores = _product("bnh,bnph->bnp", q, k) / math.sqrt(q.shape[-1])
+        scores = jnp.where(is_valid, scores, -jnp.inf)
+        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+        rescale, probs = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum[..., None])
+        weighted = _product("bnp,bnph->bnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
+        total = total * rescale + jnp.sum(probs, axis=-1)
+        return new_maximum, total, out * rescale[..., None] + weighted
+
+    num_pages = (jnp.max(lengths) + page_len - 1) // page_len
+    lowest = jnp.full(q.shape[:2], jnp.finfo(jnp.float32).min)  # finite: -inf less -inf is NaN
+    start = (lowest, jnp.zeros(q.shape[:2], jnp.float32), jnp.zeros(q.shape, jnp.float32))
+    _, total, out = jax.lax.fori_loop(0, num_pages, add_page, start)
+    return (out / total[..., None]).astype(q.dtype)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
