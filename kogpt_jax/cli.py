@@ -467,6 +467,8 @@ def score(
     engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size)
     token_ids = [_encode(engine, row, at_least=2) for row in rows]
     is_json = output_format == "jsonl"
+    from kogpt_jax.engine import perplexity  # here, so that --help need not import JAX
+
     logprob_sum, num_scored = 0.0, 0
     for first in range(0, len(rows), engine.max_batch_size):
         batch = slice(first, first + engine.max_batch_size)
@@ -480,16 +482,21 @@ def score(
             logprob_sum += sum(logprob for logprob in result.logprobs if logprob is not None)
             num_scored += len(result.token_ids) - 1
             if is_json:
-                record = {"index": index, "text": row.text, "perplexity": result.perplexity}
+                record = {"index": index, "text": row.text, "perplexity": _finite_or_none(result.perplexity)}
                 _emit_json(record | {"token_ids": result.token_ids, "logprobs": result.logprobs})
             else:
                 _emit(f"{result.perplexity:>12.3f}  {len(result.token_ids):>7}  {_shortened(row.text)}\n")
-    perplexity = math.exp(-logprob_sum / num_scored)
+    total = perplexity(-logprob_sum / num_scored)
     num_tokens = sum(map(len, token_ids))
     if is_json:
-        _emit_json({"total": {"texts": len(rows), "tokens": num_tokens, "perplexity": perplexity}})
+        _emit_json({"total": {"texts": len(rows), "tokens": num_tokens, "perplexity": _finite_or_none(total)}})
     else:
-        _emit(f"{perplexity:>12.3f}  {num_tokens:>7}  total of {len(rows)}\n")
+        _emit(f"{total:>12.3f}  {num_tokens:>7}  total of {len(rows)}\n")
+
+
+def _finite_or_none(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _shortened(text: str) -> str:

@@ -32,7 +32,7 @@ class ModelConfig:
     """
 
     vocab_size: int  # V
-    max_len: int  # longest sequence in tokens, prompt and completion together
+    max_len: int  # tokens a sequence may have that are read, the context; one more may be sampled behind them
     model_dim: int  # D
     num_layers: int  # L
     num_heads: int  # N

@@ -633,6 +633,7 @@ def test_two_tensor_shards(tmp_path):
     assert_leaves_equal(leaves, tensors, config)
 
 
+@pytest.mark.slow
 def test_host_memory_while_loading(tmp_path):
     """Beyond the arrays kept, a load holds at no time more than twice the largest tensor and a fixed amount.
 

@@ -643,6 +643,7 @@ def test_bad_input_has_no_traceback(tmp_path):
     _assert_refused(_run("generate", "--model", tmp_path / "missing", "--prompt", "나는"), str(tmp_path / "missing"))
 
 
+@pytest.mark.slow
 def test_closed_streams(checkpoint):
     kogpt = f"'{sys.executable}' -m kogpt_jax generate --model '{checkpoint}' --max-new-tokens 2"
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}

@@ -200,6 +200,7 @@ def test_every_hangul_syllable_streams_whole(made, name):
     assert parts[-1] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LOSSLESS if name != "byte_fallback"])
 def test_every_hangul_syllable_by_itself_splits_at_every_boundary(made, name):
     """Each syllable after a letter, cut at each token boundary: the halves join to the text and hold no U+FFFD."""
