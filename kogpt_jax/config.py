@@ -109,6 +109,9 @@ class ModelConfig:
     def from_hf_dir(cls, directory: str | pathlib.Path, *, dtype: Dtype = "bf16") -> "ModelConfig":
         """Reads ``config.json`` of a Hugging Face model directory.
 
+        Where there is a ``generation_config.json`` that names end-of-text ids, these count, as in Hugging Face's
+        ``generate``.
+
         Raises:
             InputError: the directory or file is missing, is no JSON object, or says what ``from_hf_dict`` refuses.
         """
@@ -118,7 +121,14 @@ class ModelConfig:
         path = directory / "config.json"
         if not path.is_file():
             raise InputError(f"config.json is missing in {directory}")
-        return cls.from_hf_dict(read_json_object(path), dtype=dtype, source=str(path))
+        config = cls.from_hf_dict(read_json_object(path), dtype=dtype, source=str(path))
+        generation = directory / "generation_config.json"
+        if generation.is_file():
+            named = read_json_object(generation)
+            if named.get("eos_token_id") is not None:
+                ids = _eos_token_ids({**named, "vocab_size": config.vocab_size}, str(generation))
+                config = dataclasses.replace(config, eos_token_ids=ids)
+        return config
 
     def to_hf_dict(self) -> dict[str, Any]:
         """The ``config.json`` that Hugging Face transformers reads back as this model."""

@@ -9,6 +9,7 @@ from small_model import unchecked_types
 
 from kogpt_jax.config import DEMO, DTYPES, KOGPT_6B, ModelConfig
 from kogpt_jax.errors import InputError
+from kogpt_jax.json_files import write_json
 from kogpt_jax.model import model_def
 
 # The facts of EleutherAI/gpt-j-6b's config.json that a GPT-J is made of, with keys that are of no concern here.
@@ -203,3 +204,22 @@ def test_missing_file_and_directory_are_named(tmp_path):
         ModelConfig.from_hf_dir(tmp_path)
     with pytest.raises(InputError, match="does not exist: .*nowhere"):
         ModelConfig.from_hf_dir(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [(5, (5,)), ([7, 9], (7, 9)), (None, (3,)), (50256, ())],
+    ids=["one", "two", "null", "beyond"],
+)
+def test_end_of_text_ids_of_the_generation_config_count(tmp_path, named, expected):
+    config = dataclasses.replace(DEMO, eos_token_ids=(3,))
+    write_json(tmp_path / "config.json", config.to_hf_dict())
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": named})
+    assert ModelConfig.from_hf_dir(tmp_path, dtype="fp16").eos_token_ids == expected
+
+
+def test_a_wrong_generation_config_is_named(tmp_path):
+    write_json(tmp_path / "config.json", DEMO.to_hf_dict())
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": "[EOS]"})
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id must hold integers"):
+        ModelConfig.from_hf_dir(tmp_path)
