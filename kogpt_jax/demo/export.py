@@ -153,7 +153,7 @@ context {model["n_positions"]} tokens |
 
 The text is not part of this repository. Trained on: {train["documents"]:,} documents, {train["tokens"]:,} tokens. \
 Settings and step were chosen on {facts["validation"]["documents"]:,} more reviews. \
-The {heldout["documents"]:,} held-out reviews were measured once, for the figures here.
+The {heldout["documents"]:,} held-out reviews chose nothing; these weights were measured on them for the figures here.
 `benchmarks/results/{FIGURES_FILE}` has every setting, the course of the run and SHA-256 digests of the data.
 
 ## How held-out text is measured
