@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kogpt_jax.config import DTYPES, Dtype, ModelConfig
+from kogpt_jax.config import DTYPES, NUMPY_DTYPES, Dtype, ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import write_json
 from kogpt_jax.model import ParamSpec, model_def
 from kogpt_jax.sharding import named_sharding
 from kogpt_jax.weight_files import (
-    NUMPY_DTYPES,
     Block,
     StoredTensor,
     TensorToWrite,

@@ -531,7 +531,7 @@ def info(
 def _load(
     model: str, dtype: _Dtype | None, quant: str | None, kv_dtype: str | None, mesh: str, max_batch_size: int
 ) -> "kogpt_jax.KoGPT":
-    if max_batch_size < 1:  # here too: the engine sees it when the weights are loaded
+    if max_batch_size < 1:  # here too, to name the option
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
     for option, value in (("--quant", quant), ("--kv-dtype", kv_dtype)):
         if value not in (None, "none"):  # here, since a command line has no None, which is what the engine asks for

@@ -17,7 +17,11 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 # One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 _TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
-_JAX_DTYPES = {"fp32": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "fp32": np.dtype(jnp.float32),
+    "fp16": np.dtype(jnp.float16),
+    "bf16": np.dtype(jnp.bfloat16),
+}
 _TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -66,7 +70,7 @@ class ModelConfig:
     @property
     def jax_dtype(self) -> np.dtype:
         """``dtype`` as JAX and NumPy know it."""
-        return np.dtype(_JAX_DTYPES[self.dtype])
+        return NUMPY_DTYPES[self.dtype]
 
     @classmethod
     def from_hf_dict(cls, hf: Mapping[str, Any], *, dtype: Dtype = "bf16", source: str = "config") -> "ModelConfig":

@@ -188,7 +188,7 @@ class KoGPT:
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
         extents = sharding.parse_mesh(mesh)
-        _check_max_batch_size(max_batch_size)  # before the weights are loaded
+        _check_max_batch_size(max_batch_size)  # before the weights are made
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
         leaves = model.random_leaves(config, device_mesh, seed=seed)

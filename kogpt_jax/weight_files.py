@@ -18,11 +18,10 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
-from kogpt_jax.config import Dtype
+from kogpt_jax.config import NUMPY_DTYPES, Dtype
 from kogpt_jax.errors import InputError, one_line
 from kogpt_jax.json_files import read_json_object, write_json
 
@@ -38,14 +37,9 @@ _TORCH_BIN = "pytorch_model.bin"
 _INDEX_SUFFIX = ".index.json"
 _SUFFIXES = (".safetensors", ".bin")
 
-# Our dtypes as the files spell them, and as NumPy knows them.
+# Our dtypes as the files spell them.
 _DTYPE_OF_SAFETENSORS: dict[str, Dtype] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _DTYPE_OF_TORCH: dict[str, Dtype] = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
-NUMPY_DTYPES: dict[str, np.dtype] = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 class WeightFile(abc.ABC):
