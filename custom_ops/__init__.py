@@ -1,0 +1,26 @@
+"""Kernels of a decode step behind `jax.numpy` references and XLA's FFI, usable from plain JAX (docs/custom-ops.md).
+
+Each op has the implementations "reference" and "ffi"; which of them a machine has is asked before (`*_ffi_problem`),
+and an op raises where the one it is told to use cannot serve.
+"""
+
+from custom_ops.decode_attention import decode_attention, decode_attention_ffi_problem, decode_attention_reference
+from custom_ops.linear import MAX_ROWS, LayerNorm, linear, linear_ffi_problem, linear_reference
+from custom_ops.quantization import QuantizedArray, dequantize, quantize_weight
+from custom_ops.semaphores import NUM_SEMAPHORES, make_semaphores
+
+__all__ = [
+    "MAX_ROWS",
+    "NUM_SEMAPHORES",
+    "LayerNorm",
+    "QuantizedArray",
+    "decode_attention",
+    "decode_attention_ffi_problem",
+    "decode_attention_reference",
+    "dequantize",
+    "linear",
+    "linear_ffi_problem",
+    "linear_reference",
+    "make_semaphores",
+    "quantize_weight",
+]

@@ -1,0 +1,262 @@
+"""Attention of one query token a row over paged keys and values, with rotary embedding and cache append in front."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from custom_ops import _arguments, _library
+from custom_ops import pages as kv_pages
+from custom_ops.rotary import apply_rotary
+from custom_ops.semaphores import check_semaphores
+
+HEAD_DIMS = (64, 128, 256)  # with implementation "ffi"
+
+# The CUDA kernel cuts the keys into pieces of this many, whatever the batch, so that a row's sums do not depend on its
+# neighbours.
+_KEYS_PER_SPLIT = 64
+
+
+def decode_attention(
+    qkv: Float[Array, "B 3*N*H"],
+    rotary: tuple[Float32[Array, "B R"], Float32[Array, "B R"]],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int32[Array, "B max_pages"],
+    lengths: Int32[Array, " B"],
+    num_new: Int32[Array, " B"],
+    act: Float[Array, "B act_dim"],
+    *,
+    semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
+    implementation: str,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Rotates the new q and k, appends k and v, and attends to all of the row.
+
+    For each row b with num_new[b] = 1 the new token has position p = lengths[b]: the first 2 R values of each head of
+    q and k are rotated in neighbouring pairs and rounded to dtype, k and v are written into page
+    ``page_table[b, p // page_len]`` at offset ``p % page_len``, and
+
+        act[b, n H : (n + 1) H] = sum_j softmax_j(q . k_j / sqrt(H)) v_j    over j = 0 .. p, softmax in f32
+
+        # page_len=2, page_table=[[3,0],[1,2]], lengths=[1,2], num_new=[1,0]
+        # row 0 writes page 3, offset 1, and attends to tokens 0, 1      row 1 writes nothing and gets zeros
+
+    Tokens beyond p are never read into a result, whatever they hold.
+
+    Args:
+        qkv: q, k and v of each row one after another, each [N, H] (N and H are those of the pages).
+        rotary: (cos, sin) of the angles at the new token's position; R may be 0.
+        k_pages: the cache, updated in place if it is donated.
+        v_pages: likewise.
+        page_table: pages of each row in order; of a row with num_new 0 it is not looked at, else each entry that the
+            p + 1 tokens need is in [0, pages - 1): the last page is the scratch page (see `pages`). No page stands in
+            two rows.
+        lengths: tokens in the cache before this one, less than max_pages * page_len where num_new is 1.
+        num_new: 1 or 0.
+        act: where the result goes, aliased: its first N H columns are written, the others stay as they are.
+        semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
+        implementation: "reference" (`jax.numpy`, any sizes) or "ffi": head_dim 64, 128 or 256; page_len a multiple of
+            16; fp16 and bf16 on CUDA, f32 too on a CPU.
+
+    Returns:
+        (act, k_pages, v_pages, semaphores).
+
+    Raises:
+        ValueError: an argument does not fit the others, or the implementation does not support it. Values of
+            ``page_table``, ``lengths`` and ``num_new`` are not checked.
+
+    Rotary embedding is Su et al.'s (2021); split keys with an online softmax are Milakov and Gimelshein's (2018) and
+    FlashDecoding's (Dao et al. 2023).
+    """
+    _arguments.check_implementation(implementation)
+    _check(qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act)
+    run = decode_attention_reference if implementation == "reference" else decode_attention_ffi
+    return run(qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act, semaphores=semaphores)
+
+
+def decode_attention_reference(
+    qkv: Float[Array, "B 3*N*H"],
+    rotary: tuple[Array, Array],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int32[Array, "B max_pages"],
+    lengths: Int32[Array, " B"],
+    num_new: Int32[Array, " B"],
+    act: Float[Array, "B act_dim"],
+    *,
+    semaphores: Array | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """`decode_attention` in `jax.numpy`. Appends of rows with num_new 0 go to the scratch page."""
+    _, num_heads, _, head_dim = k_pages.shape
+    batch = qkv.shape[0]
+    q, k, v = jnp.moveaxis(qkv.reshape(batch, 1, 3, num_heads, head_dim), 2, 0)
+    cos, sin = (table[:, None, None, :] for table in rotary)
+    q, k = apply_rotary(q, k, (cos, sin))
+    positions, is_valid = lengths[:, None], num_new[:, None] > 0
+    k_pages = kv_pages.append(k_pages, k, page_table, positions, is_valid)
+    v_pages = kv_pages.append(v_pages, v, page_table, positions, is_valid)
+    out = attend(q[:, 0], k_pages, v_pages, page_table, lengths + num_new)
+    out = jnp.where(is_valid[:, :, None], out, 0).reshape(batch, num_heads * head_dim)
+    # Not an update of `act`: XLA finds the concatenation in `linear_reference` behind this and leaves one of the two.
+    act = jnp.concatenate([out.astype(act.dtype), act[:, num_heads * head_dim :]], axis=1)
+    return act, k_pages, v_pages, semaphores
+
+
+def decode_attention_ffi(
+    qkv: Float[Array, "B 3*N*H"],
+    rotary: tuple[Array, Array],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int32[Array, "B max_pages"],
+    lengths: Int32[Array, " B"],
+    num_new: Int32[Array, " B"],
+    act: Float[Array, "B act_dim"],
+    *,
+    semaphores: Array | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """`decode_attention` through XLA's FFI (csrc/decode_attention.h): the Host handler on a CPU, the CUDA handler on an
+    NVIDIA GPU.
+
+    On arrays that are sharded over devices, call it inside `jax.shard_map`. `jax.vmap` of it raises.
+    """
+    _library.register_targets()
+    semaphores = check_semaphores(semaphores)
+    _, num_heads, page_len, head_dim = k_pages.shape
+    batch, max_pages = page_table.shape
+    if problem := _shape_problem(head_dim, page_len):
+        raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
+    num_splits = -(-max_pages * page_len // _KEYS_PER_SPLIT)
+    results = (
+        jax.ShapeDtypeStruct(act.shape, act.dtype),
+        jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
+        jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+        # Sized for CUDA on every platform, since the platform is not known yet: the Host handler never touches it.
+        jax.ShapeDtypeStruct((batch * num_heads * num_splits * (head_dim + 2),), jnp.float32),
+        jax.ShapeDtypeStruct(semaphores.shape, semaphores.dtype),
+    )
+    call = jax.ffi.ffi_call("kogpt_decode_attention", results, input_output_aliases={8: 0, 3: 1, 4: 2, 9: 4})
+    act, k_pages, v_pages, _, semaphores = call(
+        qkv, *rotary, k_pages, v_pages, page_table, lengths, num_new, act, semaphores
+    )
+    return act, k_pages, v_pages, semaphores
+
+
+def decode_attention_ffi_problem(*, platform: str, dtype: Any, head_dim: int, page_len: int) -> str | None:
+    """Why "ffi" cannot attend to such a cache on this machine, or None if it can; ``platform`` is "cpu" or "gpu"."""
+    return (
+        _library.problem(platform)
+        or _arguments.ffi_dtype_problem(platform, np.dtype(dtype))
+        or _shape_problem(head_dim, page_len)
+    )
+
+
+def _shape_problem(head_dim: int, page_len: int) -> str | None:
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim must be in {HEAD_DIMS}, got {head_dim}"
+    return f"page_len must be a multiple of 16, got {page_len}" if page_len % 16 else None
+
+
+def attend(
+    q: Float[Array, "B N H"],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int32[Array, "B max_pages"],
+    lengths: Int32[Array, " B"],
+) -> Float[Array, "B N H"]:
+    """One query a row attends to the row's first ``lengths[b]`` keys, at least one; scores and softmax in f32.
+
+    On a CPU a loop goes over the pages that are used; elsewhere all pages of the table are multiplied at once, because
+    there a loop whose end is computed makes the host wait.
+    """
+    return jax.lax.platform_dependent(
+        q, k_pages, v_pages, page_table, lengths, cpu=_attend_page_after_page, default=_attend_all_pages
+    )
+
+
+def _attend_all_pages(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
+    """Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie;
+    putting a row's pages in one piece first would copy and transpose the cache every step."""
+    max_pages, page_len = page_table.shape[1], k_pages.shape[2]
+    k = kv_pages.gather(k_pages, page_table)
+    v = kv_pages.gather(v_pages, page_table)
+    is_valid = kv_pages.valid_tokens(lengths, max_pages, page_len)[:, :, None, :]  # [B, max_pages, 1, page_len]
+    q_by_page = jnp.broadcast_to(q[:, None], (q.shape[0], max_pages, *q.shape[1:]))
+    scores = _product("bmnh,bmnph->bmnp", q_by_page, k) / math.sqrt(q.shape[-1])
+    scores = jnp.where(is_valid, scores, -jnp.inf)
+    probs = jnp.exp(scores - jnp.max(scores, axis=(1, 3), keepdims=True))
+    by_page = _product("bmnp,bmnph->bmnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
+    # Or XLA puts these sums into whatever reads them, one thread an output: 30 times slower at 8 rows on an H100.
+    by_page, total = jax.lax.optimization_barrier((by_page, jnp.sum(probs, axis=(1, 3))))
+    return (jnp.sum(by_page, axis=1) / total[..., None]).astype(q.dtype)
+
+
+def _attend_page_after_page(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
+    """Online softmax (Milakov and Gimelshein 2018): maximum, sum and output so far are rescaled with each page. A page
+    without a valid token for a row leaves that row's as they are, bit for bit."""
+    page_len = k_pages.shape[2]
+
+    def add_page(slot: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        maximum, total, out = so_far
+        page_ids = page_table[:, slot][:, None]
+        k, v = kv_pages.gather(k_pages, page_ids)[:, 0], kv_pages.gather(v_pages, page_ids)[:, 0]
+        is_valid = (slot * page_len + jnp.arange(page_len) < lengths[:, None])[:, None]  # [B, 1, page_len]
+        scores = _product("bnh,bnph->bnp", q, k) / math.sqrt(q.shape[-1])
+        scores = jnp.where(is_valid, scores, -jnp.inf)
+        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+        rescale, probs = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum[..., None])
+        weighted = _product("bnp,bnph->bnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
+        total = total * rescale + jnp.sum(probs, axis=-1)
+        return new_maximum, total, out * rescale[..., None] + weighted
+
+    num_pages = (jnp.max(lengths) + page_len - 1) // page_len
+    lowest = jnp.full(q.shape[:2], jnp.finfo(jnp.float32).min)  # finite: -inf less -inf is NaN
+    start = (lowest, jnp.zeros(q.shape[:2], jnp.float32), jnp.zeros(q.shape, jnp.float32))
+    _, total, out = jax.lax.fori_loop(0, num_pages, add_page, start)
+    return (out / total[..., None]).astype(q.dtype)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    """In f32 "highest" keeps TF32 out on GPUs; 16 bits are multiplied as they are."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _check(
+    qkv: Array,
+    rotary: tuple[Array, Array],
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    lengths: Array,
+    num_new: Array,
+    act: Array,
+) -> None:
+    """What holds for every implementation."""
+    _arguments.check_rank("k_pages", k_pages, 4)
+    _arguments.check_rank("page_table", page_table, 2)
+    _arguments.check_rank("act", act, 2)
+    _, num_heads, _, head_dim = k_pages.shape
+    batch = page_table.shape[0]
+    _arguments.check_dtype("k_pages", k_pages, _arguments.FLOAT_DTYPES)
+    _arguments.check_shape("v_pages", v_pages, k_pages.shape)
+    _arguments.check_shape("qkv", qkv, (batch, 3 * num_heads * head_dim))
+    for name, array in [("v_pages", v_pages), ("qkv", qkv), ("act", act)]:
+        _arguments.check_dtype(name, array, [k_pages.dtype])
+    if len(rotary) != 2:
+        raise ValueError(f"rotary must be (cos, sin), got {len(rotary)} arrays")
+    _arguments.check_rank("rotary[0]", rotary[0], 2)
+    half_dim = rotary[0].shape[1]
+    if 2 * half_dim > head_dim:
+        raise ValueError(f"rotary must rotate at most head_dim = {head_dim} values, got {2 * half_dim}")
+    for index, table in enumerate(rotary):
+        _arguments.check_dtype(f"rotary[{index}]", table, [jnp.float32])
+        _arguments.check_shape(f"rotary[{index}]", table, (batch, half_dim))
+    for name, array in [("page_table", page_table), ("lengths", lengths), ("num_new", num_new)]:
+        _arguments.check_dtype(name, array, [jnp.int32])
+    for name, array in [("lengths", lengths), ("num_new", num_new)]:
+        _arguments.check_shape(name, array, (batch,))
+    if act.shape[0] != batch or act.shape[1] < num_heads * head_dim:
+        raise ValueError(f"act must have shape ({batch}, {num_heads * head_dim} or more), got {act.shape}")

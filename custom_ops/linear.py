@@ -1,0 +1,324 @@
+"""Decode-sized products: y = act(LayerNorm(x) W^T + bias) + residual, with the weight in f32, 16 bits or INT8.
+
+A decode step is bound by reading each weight once. So the rows of a batch share one pass over the weight, INT8 is
+multiplied as it lies, and what surrounds the product (LayerNorm, bias, GELU, residual) costs no pass of its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from custom_ops import _arguments, _library
+from custom_ops.quantization import QuantizedArray
+from custom_ops.semaphores import check_semaphores
+
+# Rows of a call with implementation "ffi"; the reference takes any number.
+MAX_ROWS = 64
+
+# The scratch of the CUDA kernel: for each of at most 192 blocks a tile of 128 outputs by the rows, padded.
+_PARTIALS_PER_ROW = 192 * 128
+_PADDED_ROWS = (8, 16, 32, 64)
+
+
+class LayerNorm(NamedTuple):
+    """LayerNorm (Ba et al. 2016) over K, in f32."""
+
+    scale: Float[Array, " K"]
+    bias: Float[Array, " K"]
+    epsilon: float
+
+
+def linear(
+    x: Float[Array, "B K"],
+    weight: Float[Array, "M K"] | QuantizedArray,
+    *,
+    bias: Float[Array, " M"] | None = None,
+    layer_norm: LayerNorm | tuple[Array, Array, float] | None = None,
+    k_multiplier: Float32[Array, " K"] | None = None,
+    residual: Float32[Array, "B M"] | None = None,
+    gelu_from: int | None = None,
+    act_dim: int | None = None,
+    out_dtype: Any = None,
+    semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
+    prefetch_weight: bool = False,
+    implementation: str,
+) -> tuple[Array, ...]:
+    """A product of few rows with what surrounds it.
+
+        h = LayerNorm(x), times k_multiplier along K, rounded to dtype
+        z = h W^T + bias, accumulated in f32
+        y = z[:, :gelu_from] + residual        act[:, act_dim - (M - gelu_from):] = GELU(z[:, gelu_from:])
+
+    Sums do not depend on the number of rows: with "ffi" a row gives the same bits alone and in any batch.
+
+    Args:
+        x: activations; in dtype, or in f32 with ``layer_norm``.
+        weight: output-major. "dtype" is its dtype; of a `QuantizedArray` (one scale per output) that of
+            ``layer_norm.scale``, or of ``x`` without LayerNorm.
+        bias: in dtype. With ``gelu_from`` of shape [M - gelu_from]: of GELU's outputs alone.
+        layer_norm: scale and bias in dtype, epsilon.
+        k_multiplier: what to multiply the K values of each row with, after LayerNorm.
+        residual: added to y, of y's shape [B, gelu_from or M].
+        gelu_from: the first output that goes through GELU (tanh form) into ``act`` instead of into y; 0 for all.
+        act_dim: row length of ``act``, M - gelu_from by default. The columns in front of GELU's are for
+            `decode_attention`: zeros with "reference", undefined with "ffi".
+        out_dtype: of y, dtype (the default) or f32; with ``residual`` always f32.
+        semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
+        prefetch_weight: promises that the weight is an argument of the jitted function or a constant, not what an
+            operation of the same program has just made: the CUDA kernel then fetches it while the kernel ahead is
+            still running. If the promise is broken the result is undefined. The others ignore it.
+        implementation: "reference" (`jax.numpy`: any number of rows, any K), or "ffi": 1 to 64 rows; K a multiple of
+            8, of 16 with INT8; fp16 and bf16 on CUDA, f32 too on a CPU.
+
+    Returns:
+        (y, semaphores), or with ``gelu_from`` (y, act, semaphores).
+
+    Raises:
+        ValueError: an argument does not fit the others, or the implementation does not support it.
+
+    GELU is Hendrycks and Gimpel's (2016) in the tanh form that GPT-J uses.
+    """
+    _arguments.check_implementation(implementation)
+    _check(x, weight, bias, layer_norm, k_multiplier, residual, gelu_from, act_dim, out_dtype)
+    run = linear_reference if implementation == "reference" else linear_ffi
+    return run(
+        x,
+        weight,
+        bias=bias,
+        layer_norm=layer_norm,
+        k_multiplier=k_multiplier,
+        residual=residual,
+        gelu_from=gelu_from,
+        act_dim=act_dim,
+        out_dtype=out_dtype,
+        semaphores=semaphores,
+        prefetch_weight=prefetch_weight,
+    )
+
+
+def linear_reference(
+    x: Float[Array, "B K"],
+    weight: Float[Array, "M K"] | QuantizedArray,
+    *,
+    bias: Array | None = None,
+    layer_norm: LayerNorm | tuple[Array, Array, float] | None = None,
+    k_multiplier: Array | None = None,
+    residual: Array | None = None,
+    gelu_from: int | None = None,
+    act_dim: int | None = None,
+    out_dtype: Any = None,
+    semaphores: Array | None = None,
+    prefetch_weight: bool = False,
+) -> tuple[Array, ...]:
+    """`linear` in `jax.numpy`: LayerNorm in f32, the product in dtype with f32 accumulation."""
+    del prefetch_weight  # XLA orders its own reads
+    dtype = _compute_dtype(x, weight, layer_norm)
+    out_dtype = _out_dtype(dtype, residual, out_dtype)
+    h = x
+    if layer_norm is not None:
+        h = _layer_norm(h, *layer_norm)
+    if k_multiplier is not None:
+        h = h.astype(jnp.float32) * k_multiplier
+    h = h.astype(dtype)
+    if isinstance(weight, QuantizedArray):
+        # Integers up to 127 are exact in 16 bits.
+        z = product(h, weight.qvalue.astype(dtype), jnp.float32) * weight.scale[:, 0]
+    else:
+        z = product(h, weight, out_dtype)
+
+    split = weight.shape[0] if gelu_from is None else gelu_from
+    y = z[:, :split]
+    if bias is not None and gelu_from is None:
+        y = y.astype(jnp.float32) + bias.astype(jnp.float32)
+    if residual is not None:
+        y = y + residual
+    y = y.astype(out_dtype)
+    if gelu_from is None:
+        return y, semaphores
+    ffn = z[:, split:].astype(jnp.float32)
+    if bias is not None:
+        ffn = ffn + bias.astype(jnp.float32)
+    gelu = jax.nn.gelu(ffn, approximate=True).astype(dtype)
+    num_columns = (gelu.shape[1] if act_dim is None else act_dim) - gelu.shape[1]
+    # As a concatenation, which `decode_attention_reference` takes apart again: XLA makes one of the two.
+    act = jnp.concatenate([jnp.zeros((x.shape[0], num_columns), dtype), gelu], axis=1)
+    return y, act, semaphores
+
+
+def linear_ffi(
+    x: Float[Array, "B K"],
+    weight: Float[Array, "M K"] | QuantizedArray,
+    *,
+    bias: Array | None = None,
+    layer_norm: LayerNorm | tuple[Array, Array, float] | None = None,
+    k_multiplier: Array | None = None,
+    residual: Array | None = None,
+    gelu_from: int | None = None,
+    act_dim: int | None = None,
+    out_dtype: Any = None,
+    semaphores: Array | None = None,
+    prefetch_weight: bool = False,
+) -> tuple[Array, ...]:
+    """`linear` through XLA's FFI (csrc/linear.h): the Host handler on a CPU, the CUDA handler on an NVIDIA GPU.
+
+    On arrays that are sharded over devices, call it inside `jax.shard_map`. `jax.vmap` of it raises.
+    """
+    _library.register_targets()
+    semaphores = check_semaphores(semaphores)
+    rows, k_dim = x.shape
+    num_outputs = weight.shape[0]
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f'x must have 1 to {MAX_ROWS} rows with implementation "ffi", got shape {x.shape}')
+    qvalue, scale = (weight.qvalue, weight.scale[:, 0]) if isinstance(weight, QuantizedArray) else (weight, None)
+    if problem := _k_problem(k_dim, qvalue.dtype):
+        raise ValueError(f'with implementation "ffi" {problem}: weight has shape {weight.shape}')
+    dtype = _compute_dtype(x, weight, layer_norm)
+    split = num_outputs if gelu_from is None else gelu_from
+    num_gelu = num_outputs - split
+    act_shape = (0,) if gelu_from is None else (rows, num_gelu if act_dim is None else act_dim)
+    has_scratch = layer_norm is not None or k_multiplier is not None
+    padded_rows = next(padded for padded in _PADDED_ROWS if rows <= padded)
+    ln_scale, ln_bias, epsilon = (None, None, 0.0) if layer_norm is None else layer_norm
+    results = (
+        jax.ShapeDtypeStruct((rows, split), _out_dtype(dtype, residual, out_dtype)),
+        jax.ShapeDtypeStruct(act_shape, dtype),
+        jax.ShapeDtypeStruct((rows, k_dim) if has_scratch else (0,), dtype),
+        # Sized for CUDA on every platform, since the platform is not known yet: the Host handler never touches it.
+        jax.ShapeDtypeStruct((_PARTIALS_PER_ROW * padded_rows,), jnp.float32),
+        jax.ShapeDtypeStruct(semaphores.shape, semaphores.dtype),
+    )
+    y, act, _, _, semaphores = jax.ffi.ffi_call("kogpt_linear", results, input_output_aliases={8: 4})(
+        x,
+        qvalue,
+        _or_empty(scale, jnp.float32),
+        _or_empty(bias, dtype),
+        _or_empty(ln_scale, dtype),
+        _or_empty(ln_bias, dtype),
+        _or_empty(k_multiplier, jnp.float32),
+        _or_empty(residual, jnp.float32),
+        semaphores,
+        gelu_from=np.int64(split),
+        epsilon=np.float32(epsilon),
+        prefetch_weight=bool(prefetch_weight),
+    )
+    return (y, semaphores) if gelu_from is None else (y, act, semaphores)
+
+
+def linear_ffi_problem(*, platform: str, dtype: Any, weight_dtype: Any, k_dims: Sequence[int]) -> str | None:
+    """Why "ffi" cannot multiply with such weights on this machine, or None if it can.
+
+    Args:
+        platform: "cpu" or "gpu".
+        dtype: of the activations.
+        weight_dtype: dtype, or INT8.
+        k_dims: the K of each weight.
+    """
+    dtype, weight_dtype = np.dtype(dtype), np.dtype(weight_dtype)
+    if problem := _library.problem(platform) or _arguments.ffi_dtype_problem(platform, dtype):
+        return problem
+    if weight_dtype not in (dtype, np.dtype(jnp.int8)):
+        return f"weights must be {dtype.name} or int8, not {weight_dtype.name}"
+    return next(filter(None, (_k_problem(k_dim, weight_dtype) for k_dim in k_dims)), None)
+
+
+def _k_problem(k_dim: int, weight_dtype: np.dtype) -> str | None:
+    multiple = 16 if weight_dtype == jnp.int8 else 8
+    return (
+        f"K must be a multiple of {multiple} with {weight_dtype.name} weights, got {k_dim}"
+        if k_dim % multiple
+        else None
+    )
+
+
+def product(x: Float[Array, "*B K"], weight: Float[Array, "M K"], out_dtype: Any) -> Float[Array, "*B M"]:
+    """``x @ weight.T``, accumulated in f32; in f32 without TF32 on GPUs."""
+    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, weight, contract_last, precision, preferred_element_type=out_dtype)
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+    normed = (x - mean) * jax.lax.rsqrt(variance + epsilon)
+    return normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+def _compute_dtype(x: Array, weight: Array | QuantizedArray, layer_norm: tuple[Array, Array, float] | None) -> np.dtype:
+    if not isinstance(weight, QuantizedArray):
+        return weight.dtype
+    return x.dtype if layer_norm is None else layer_norm[0].dtype
+
+
+def _out_dtype(dtype: np.dtype, residual: Array | None, out_dtype: Any) -> np.dtype:
+    if residual is not None:
+        return np.dtype(jnp.float32)
+    return dtype if out_dtype is None else np.dtype(out_dtype)
+
+
+def _or_empty(array: Array | None, dtype: Any) -> Array:
+    """An operand that is absent is an array without elements."""
+    return jnp.zeros(0, dtype) if array is None else array
+
+
+def _check(
+    x: Array,
+    weight: Array | QuantizedArray,
+    bias: Array | None,
+    layer_norm: tuple[Array, Array, float] | None,
+    k_multiplier: Array | None,
+    residual: Array | None,
+    gelu_from: int | None,
+    act_dim: int | None,
+    out_dtype: Any,
+) -> None:
+    """What holds for every implementation."""
+    _arguments.check_rank("x", x, 2)
+    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight must have shape (M, K) with x's K = {x.shape[1]}, got {weight.shape}")
+    rows, k_dim = x.shape
+    num_outputs = weight.shape[0]
+    if isinstance(weight, QuantizedArray):
+        _arguments.check_dtype("weight.qvalue", weight.qvalue, [jnp.int8])
+        _arguments.check_dtype("weight.scale", weight.scale, [jnp.float32])
+        _arguments.check_shape("weight.scale", weight.scale, (num_outputs, 1))
+    else:
+        _arguments.check_dtype("weight", weight, _arguments.FLOAT_DTYPES)
+    if layer_norm is not None:
+        _arguments.check_dtype("layer_norm.scale", layer_norm[0], _arguments.FLOAT_DTYPES)
+    dtype = _compute_dtype(x, weight, layer_norm)
+    _arguments.check_dtype("x", x, _arguments.FLOAT_DTYPES if layer_norm is None else [dtype, jnp.float32])
+    if x.dtype != dtype and layer_norm is None:
+        raise ValueError(f"x must be {dtype.name} as the weight is, or f32 with layer_norm, got {x.dtype.name}")
+
+    split = num_outputs
+    if gelu_from is not None:
+        if not 0 <= gelu_from < num_outputs:
+            raise ValueError(f"gelu_from must be in [0, {num_outputs}), the outputs of weight, got {gelu_from}")
+        split = gelu_from
+    if act_dim is not None and (gelu_from is None or act_dim < num_outputs - split):
+        needed = "None without gelu_from" if gelu_from is None else f"at least {num_outputs - split}, GELU's outputs"
+        raise ValueError(f"act_dim must be {needed}, got {act_dim}")
+    operands = [
+        ("bias", bias, num_outputs if gelu_from is None else num_outputs - split, dtype),
+        ("layer_norm.scale", None if layer_norm is None else layer_norm[0], k_dim, dtype),
+        ("layer_norm.bias", None if layer_norm is None else layer_norm[1], k_dim, dtype),
+        ("k_multiplier", k_multiplier, k_dim, np.dtype(jnp.float32)),
+    ]
+    for name, operand, length, operand_dtype in operands:
+        if operand is not None:
+            _arguments.check_dtype(name, operand, [operand_dtype])
+            _arguments.check_shape(name, operand, (length,))
+    if residual is not None:
+        _arguments.check_dtype("residual", residual, [jnp.float32])
+        _arguments.check_shape("residual", residual, (rows, split))
+    if out_dtype is not None:
+        allowed = [np.dtype(jnp.float32)] if residual is not None else [dtype, np.dtype(jnp.float32)]
+        if np.dtype(out_dtype) not in allowed:
+            names = " or ".join(dict.fromkeys(choice.name for choice in allowed))
+            raise ValueError(f"out_dtype must be {names}, got {np.dtype(out_dtype).name}")
