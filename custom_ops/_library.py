@@ -1,0 +1,144 @@
+"""The compiled libraries: finds them, checks that they fit the running jaxlib, and registers their FFI targets.
+
+All of it happens at the first question or the first op, never at import.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import pathlib
+import re
+import sys
+import threading
+
+import jax
+import jaxlib
+
+# FFI target and C symbol of its handler; the same in both libraries.
+_TARGETS = {
+    "kogpt_linear": "Linear",
+    "kogpt_decode_attention": "DecodeAttention",
+}
+# For each of JAX's platforms that has a library: its name, and the platform of XLA that its targets are registered for.
+_LIBRARIES = {"cpu": ("host", "cpu"), "gpu": ("cuda", "CUDA")}
+
+_lock = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryInfo:
+    """What is known of a compiled library."""
+
+    name: str  # "host" or "cuda"
+    path: str | None = None  # None: it was not built
+    ffi_version: tuple[int, int] | None = None  # XLA's FFI, as compiled against
+    architectures: tuple[str, ...] = ()  # CUDA: such as "sm_90a", or "compute_80" for PTX
+    compilers: tuple[str, ...] = ()
+    problem: str | None = "there is none for this kind of device"  # why it cannot be used; None: it can
+
+
+def library_info() -> tuple[LibraryInfo, ...]:
+    """The Host library and the CUDA library: where they are, how they were built, and whether they can be used."""
+    return tuple(map(load, _LIBRARIES))
+
+
+def register_targets() -> None:
+    """Registers the targets of every library that can be used. Only the first call of a process does anything.
+
+    Raises:
+        ValueError: there is none.
+    """
+    libraries = library_info()
+    if all(library.problem for library in libraries):
+        problems = "; ".join(f"the {library.name} library: {library.problem}" for library in libraries)
+        raise ValueError(f'implementation "ffi" has no library to run: {problems}')
+
+
+def load(platform: str) -> LibraryInfo:
+    """Loads the library for a platform of JAX's ("cpu", "gpu") and registers its targets, unless it has a `problem`."""
+    with _lock:
+        return _load(platform)
+
+
+@functools.cache
+def _load(platform: str) -> LibraryInfo:
+    if platform not in _LIBRARIES:
+        return LibraryInfo(platform)
+    name, xla_platform = _LIBRARIES[platform]
+    path = _find(f"libkogpt_ops_{name}.so")
+    if path is None:
+        return LibraryInfo(name, problem="it was not built")
+    try:
+        library = ctypes.CDLL(str(path))
+        info = _read_info(name, path, library)
+        if info.problem is None:
+            # All before the first is registered: what lacks one is not of this version of the package.
+            handlers = {target: getattr(library, symbol) for target, symbol in _TARGETS.items()}
+            for target, handler in handlers.items():
+                capsule = jax.ffi.pycapsule(handler)
+                jax.ffi.register_ffi_target(target, capsule, platform=xla_platform, api_version=1)
+        return info
+    except (OSError, AttributeError) as error:
+        return LibraryInfo(name, str(path), problem=f"it cannot be loaded: {error}")
+
+
+def jaxlib_ffi_version() -> tuple[int, int] | None:
+    """The version of XLA's FFI in the running jaxlib: its own headers say it. None if they are not there."""
+    header = pathlib.Path(next(iter(jaxlib.__path__)), "include", "xla", "ffi", "api", "c_api.h")
+    try:
+        text = header.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = [re.search(rf"^#define XLA_FFI_API_{part} (\d+)$", text, re.MULTILINE) for part in ("MAJOR", "MINOR")]
+    major, minor = (None if match is None else int(match[1]) for match in found)
+    return None if major is None or minor is None else (major, minor)
+
+
+def ffi_version_problem(library: tuple[int, int], jaxlib_version: tuple[int, int] | None) -> str | None:
+    """Why a library compiled against one version of XLA's FFI cannot run in a jaxlib with another. None: it can.
+
+    A library runs in jaxlib's of its own version and of later minor ones. Registered in an earlier one, it would end
+    JAX's backend.
+    """
+    if jaxlib_version is None:
+        return "the version of XLA's FFI in the running jaxlib cannot be read"
+    if library[0] == jaxlib_version[0] and library[1] <= jaxlib_version[1]:
+        return None
+    return (
+        f"it was compiled against version {_dotted(library)} of XLA's FFI, and jaxlib {jaxlib.__version__} has "
+        f"{_dotted(jaxlib_version)}: install kogpt-jax anew, or a jaxlib that fits"
+    )
+
+
+def _find(file_name: str) -> pathlib.Path | None:
+    """The library beside this package's sources or, of an editable install, in site-packages. A development tree may
+    have both: the newer one counts."""
+    folders = map(pathlib.Path, sys.modules[__name__.rpartition(".")[0]].__path__)
+    found = [path for folder in folders if (path := folder / file_name).is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _read_info(name: str, path: pathlib.Path, library: ctypes.CDLL) -> LibraryInfo:
+    major, minor = ctypes.c_int32(), ctypes.c_int32()
+    library.KogptOpsFfiVersion(ctypes.byref(major), ctypes.byref(minor))
+    version = (major.value, minor.value)
+    problem = ffi_version_problem(version, jaxlib_ffi_version())
+    architectures = tuple(map(_architecture_name, _strings(library, "KogptOpsCudaArchitectures")))
+    return LibraryInfo(name, str(path), version, architectures, _strings(library, "KogptOpsCompilers"), problem)
+
+
+def _strings(library: ctypes.CDLL, function_name: str) -> tuple[str, ...]:
+    function = getattr(library, function_name)
+    function.restype = ctypes.c_char_p
+    return tuple(filter(None, function().decode().split(",")))
+
+
+def _architecture_name(cmake_name: str) -> str:
+    """ "90a-real" of CMake is code for sm_90a, "80-virtual" PTX for compute_80, "80" both."""
+    number, _, kind = cmake_name.partition("-")
+    names = {"real": f"sm_{number}", "virtual": f"compute_{number}"}
+    return names.get(kind) or f"{names['real']}, {names['virtual']}"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
