@@ -6,6 +6,7 @@ All of it happens at the first question or the first op, never at import.
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
 import pathlib
 import re
 import sys
@@ -105,7 +106,7 @@ def ffi_version_problem(library: tuple[int, int], jaxlib_version: tuple[int, int
     if library[0] == jaxlib_version[0] and library[1] <= jaxlib_version[1]:
         return None
     return (
-        f"it was compiled against version {_dotted(library)} of XLA's FFI, and jaxlib {jaxlib.__version__} has "
+        f"it was compiled against version {_dotted(library)} of XLA's FFI, and jaxlib {importlib.metadata.version('jaxlib')} has "
         f"{_dotted(jaxlib_version)}: install kogpt-jax anew, or a jaxlib that fits"
     )
 
