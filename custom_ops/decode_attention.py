@@ -32,7 +32,7 @@ def decode_attention(
     *,
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
     implementation: str,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Array, Array]:
     """Rotates the new q and k, appends k and v, and attends to all of the row.
 
     For each row b with num_new[b] = 1 the new token has position p = lengths[b]: the first 2 R values of each head of
@@ -88,7 +88,7 @@ def decode_attention_reference(
     act: Float[Array, "B act_dim"],
     *,
     semaphores: Array | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Array, Array]:
     """`decode_attention` in `jax.numpy`. Appends of rows with num_new 0 go to the scratch page."""
     _, num_heads, _, head_dim = k_pages.shape
     batch = qkv.shape[0]
@@ -116,7 +116,7 @@ def decode_attention_ffi(
     act: Float[Array, "B act_dim"],
     *,
     semaphores: Array | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, Array, Array, Array]:
     """`decode_attention` through XLA's FFI (csrc/decode_attention.h): the Host handler on a CPU, the CUDA handler on an
     NVIDIA GPU.
 
@@ -147,7 +147,7 @@ def decode_attention_ffi(
 def decode_attention_ffi_problem(*, platform: str, dtype: Any, head_dim: int, page_len: int) -> str | None:
     """Why "ffi" cannot attend to such a cache on this machine, or None if it can; ``platform`` is "cpu" or "gpu"."""
     return (
-        _library.problem(platform)
+        _library.load(platform).problem
         or _arguments.ffi_dtype_problem(platform, np.dtype(dtype))
         or _shape_problem(head_dim, page_len)
     )

@@ -218,7 +218,7 @@ def linear_ffi_problem(*, platform: str, dtype: Any, weight_dtype: Any, k_dims: 
         k_dims: the K of each weight.
     """
     dtype, weight_dtype = np.dtype(dtype), np.dtype(weight_dtype)
-    if problem := _library.problem(platform) or _arguments.ffi_dtype_problem(platform, dtype):
+    if problem := _library.load(platform).problem or _arguments.ffi_dtype_problem(platform, dtype):
         return problem
     if weight_dtype not in (dtype, np.dtype(jnp.int8)):
         return f"weights must be {dtype.name} or int8, not {weight_dtype.name}"

@@ -1,0 +1,77 @@
+// Whether parameters fit together: extents, types, and that what is needed is there. Scratch is the launchers' to check.
+#include "decode_attention.h"
+#include "linear.h"
+
+namespace kogpt {
+namespace {
+
+bool IsFloat(DataType dtype) {
+  return dtype == DataType::kFloat32 || dtype == DataType::kFloat16 || dtype == DataType::kBfloat16;
+}
+
+}  // namespace
+
+const char* CheckLinear(const LinearParams& params) {
+  const bool is_int8 = params.weight_dtype == DataType::kInt8;
+  const bool has_layer_norm = params.ln_scale != nullptr;
+  const int64_t num_gelu = params.num_outputs - params.gelu_from;
+  if (params.rows < 1 || params.rows > kLinearMaxRows) return "x must have 1 to 64 rows";
+  if (params.num_outputs < 1) return "weight must have at least one output";
+  if (params.k_dim < 1 || params.k_dim % (is_int8 ? 16 : 8) != 0) {
+    return is_int8 ? "K must be a multiple of 16 with an INT8 weight" : "K must be a multiple of 8";
+  }
+  if (!IsFloat(params.dtype)) return "activations must be f32, f16 or bf16";
+  if (!is_int8 && params.weight_dtype != params.dtype) {
+    return "weight must be INT8 or of the activations' type";
+  }
+  if (params.x_dtype != params.dtype && !(has_layer_norm && params.x_dtype == DataType::kFloat32)) {
+    return "x must be of the activations' type, or f32 with LayerNorm";
+  }
+  if (params.y_dtype != params.dtype && params.y_dtype != DataType::kFloat32) {
+    return "y must be of the activations' type or f32";
+  }
+  if (params.residual != nullptr && params.y_dtype != DataType::kFloat32) {
+    return "y must be f32 with a residual";
+  }
+  if (params.gelu_from < 0 || num_gelu < 0) return "gelu_from must be in [0, outputs of weight]";
+  if (num_gelu > 0 && params.act_dim < num_gelu) return "act must hold the outputs from gelu_from on";
+  if (params.x == nullptr || params.weight == nullptr) return "x and weight must be there";
+  if (is_int8 != (params.weight_scale != nullptr)) {
+    return "weight_scale belongs to an INT8 weight, and to no other";
+  }
+  if (has_layer_norm != (params.ln_bias != nullptr)) {
+    return "LayerNorm needs both its scale and its bias";
+  }
+  if (params.gelu_from > 0 && params.y == nullptr) return "y must be there when gelu_from is not 0";
+  if (num_gelu > 0 && params.act == nullptr) return "act must be there with gelu_from";
+  return nullptr;
+}
+
+const char* CheckDecodeAttention(const DecodeAttentionParams& params) {
+  if (params.batch < 0) return "the batch must not be negative";
+  if (params.num_heads < 1) return "the cache must have at least one head";
+  if (params.head_dim != 64 && params.head_dim != 128 && params.head_dim != 256) {
+    return "head_dim must be 64, 128 or 256";
+  }
+  if (params.page_len < 16 || params.page_len % 16 != 0) return "page_len must be a multiple of 16";
+  if (params.num_pages < 1 || params.max_pages < 1) return "there must be at least one page";
+  if (params.rotary_dim < 0 || params.rotary_dim % 2 != 0 || params.rotary_dim > params.head_dim) {
+    return "rotary_dim must be even and at most head_dim";
+  }
+  if (params.act_dim < params.num_heads * params.head_dim) {
+    return "act must hold the outputs of all heads";
+  }
+  if (!IsFloat(params.dtype)) return "qkv, pages and act must be f32, f16 or bf16";
+  if (params.batch == 0) return nullptr;
+  if (params.qkv == nullptr || params.k_pages == nullptr || params.v_pages == nullptr ||
+      params.page_table == nullptr || params.lengths == nullptr || params.num_new == nullptr ||
+      params.act == nullptr) {
+    return "qkv, the pages, page_table, lengths, num_new and act must be there";
+  }
+  if (params.rotary_dim > 0 && (params.cos == nullptr || params.sin == nullptr)) {
+    return "cos and sin must be there when rotary_dim is not 0";
+  }
+  return nullptr;
+}
+
+}  // namespace kogpt
