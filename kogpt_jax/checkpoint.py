@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kogpt_jax.config import DTYPES, NUMPY_DTYPES, Dtype, ModelConfig
+from kogpt_jax.config import DTYPES, Dtype, ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import write_json
-from kogpt_jax.model import ParamSpec, model_def
+from kogpt_jax.model import ParamSpec, model_def, quantized_as
 from kogpt_jax.sharding import named_sharding
 from kogpt_jax.weight_files import (
+    STORED_DTYPES,
     Block,
     StoredTensor,
     TensorToWrite,
@@ -41,6 +42,7 @@ from kogpt_jax.weight_files import (
 
 # XLA's CPU backend takes a host buffer of this alignment as it is; any other it copies.
 _ALIGNMENT = 64
+MAX_SHARD_BYTES = 5_000_000_000  # of a weight file, unless a single tensor takes more
 
 
 # -- The table: our parameters and Hugging Face's keys ----------------------------------------------------------------
@@ -51,14 +53,15 @@ class _Entry:
     """One of our parameters: the stored tensors that make it up, each with its shape in the project's letters.
 
     ``stacked`` says how they lie in the leaf: side by side along the rows or the columns of each tensor shard, which
-    holds the same share of every part; None for a parameter that is one stored tensor and has no shard axis.
+    holds the same share of every part; "once" where all parts are the same values, which all shards share; None for a
+    parameter that is one stored tensor and has no shard axis.
     """
 
     parts: tuple[tuple[str, str], ...]
-    stacked: Literal["rows", "columns"] | None = None
+    stacked: Literal["rows", "columns", "once"] | None = None
 
 
-# `{i}` is the layer. The order is the one in which a checkpoint is written.
+# `{i}` is the layer; scales are there in quantised models only. The order is the one in which a checkpoint is written.
 _TABLE: dict[str, _Entry] = {
     "embedding": _Entry((("transformer.wte.weight", "VD"),)),
     "blocks.{i}.ln_scale": _Entry((("transformer.h.{i}.ln_1.weight", "D"),)),
@@ -72,15 +75,29 @@ _TABLE: dict[str, _Entry] = {
         ),
         stacked="rows",
     ),
+    "blocks.{i}.w_in_scale": _Entry(
+        (
+            ("transformer.h.{i}.attn.q_proj.weight_scale", "D1"),
+            ("transformer.h.{i}.attn.k_proj.weight_scale", "D1"),
+            ("transformer.h.{i}.attn.v_proj.weight_scale", "D1"),
+            ("transformer.h.{i}.mlp.fc_in.weight_scale", "F1"),
+        ),
+        stacked="rows",
+    ),
     "blocks.{i}.b_ffn_in": _Entry((("transformer.h.{i}.mlp.fc_in.bias", "F"),), stacked="rows"),
     "blocks.{i}.w_out": _Entry(
         (("transformer.h.{i}.attn.out_proj.weight", "DD"), ("transformer.h.{i}.mlp.fc_out.weight", "DF")),
         stacked="columns",
     ),
+    "blocks.{i}.w_out_scale": _Entry(
+        (("transformer.h.{i}.attn.out_proj.weight_scale", "D1"), ("transformer.h.{i}.mlp.fc_out.weight_scale", "D1")),
+        stacked="once",
+    ),
     "blocks.{i}.b_ffn_out": _Entry((("transformer.h.{i}.mlp.fc_out.bias", "D"),)),
     "ln_f_scale": _Entry((("transformer.ln_f.weight", "D"),)),
     "ln_f_bias": _Entry((("transformer.ln_f.bias", "D"),)),
     "lm_head": _Entry((("lm_head.weight", "VD"),)),
+    "lm_head_scale": _Entry((("lm_head.weight_scale", "V1"),)),
     "lm_head_bias": _Entry((("lm_head.bias", "V"),)),
 }
 
@@ -103,15 +120,18 @@ class _Piece:
 
 def _pieces(config: ModelConfig, num_shards: int) -> dict[str, tuple[_Piece, ...]]:
     """The table for one model: parameter path -> its pieces, in writing order."""
+    paths = {param.path for param in model_def(config, num_shards).params}
     pieces = {}
-    for path, entry in _TABLE.items():
-        for layer in range(config.num_layers) if "{i}" in path else (0,):
-            pieces[path.format(i=layer)] = tuple(_entry_pieces(entry, layer, config, num_shards))
+    for template, entry in _TABLE.items():
+        for layer in range(config.num_layers) if "{i}" in template else (0,):
+            path = template.format(i=layer)
+            if path in paths:
+                pieces[path] = tuple(_entry_pieces(entry, layer, config, num_shards))
     return pieces
 
 
 def _entry_pieces(entry: _Entry, layer: int, config: ModelConfig, num_shards: int) -> Iterator[_Piece]:
-    extents = {"V": config.vocab_size, "D": config.model_dim, "F": config.ffn_dim}
+    extents = {"V": config.vocab_size, "D": config.model_dim, "F": config.ffn_dim, "1": 1}
     axis = 1 if entry.stacked == "columns" else 0
     offset = 0  # along `axis`, within a shard
     for template, letters in entry.parts:
@@ -120,6 +140,9 @@ def _entry_pieces(entry: _Entry, layer: int, config: ModelConfig, num_shards: in
         whole = tuple(slice(0, extent) for extent in shape)
         if entry.stacked is None:
             yield _Piece(key, shape, whole, whole)
+            continue
+        if entry.stacked == "once":
+            yield _Piece(key, shape, whole, (slice(0, 1), *whole))
             continue
         # Shard s of [Q | K | V | FFN] holds the s-th share of each: the rows of its own heads, not a cut of the stack.
         share = shape[axis] // num_shards
@@ -135,9 +158,12 @@ def _check_keys(
     directory: pathlib.Path,
     tensors: Mapping[str, StoredTensor],
     config: ModelConfig,
-    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Mapping[str, Sequence[_Piece]],
+    params: Sequence[ParamSpec],
 ) -> None:
     """Accounts for every key: each stored one is wanted and fits or is a known buffer, each wanted one is there."""
+    shapes = {piece.key: piece.shape for group in pieces.values() for piece in group}
+    dtypes = {piece.key: param.dtype for param in params for piece in pieces[param.path]}
     buffers = {name.format(i=layer) for name in _BUFFERS for layer in range(config.num_layers)}
     for key, stored in tensors.items():
         if key in buffers:
@@ -149,18 +175,17 @@ def _check_keys(
         if stored.shape != shapes[key]:
             wanted = list(shapes[key])
             raise InputError(f"{stored.file.path}: {key} has shape {list(stored.shape)}, config.json gives {wanted}")
-        _check_dtype(stored)
+        _check_dtype(stored, ("int8",) if dtypes[key] == np.int8 else DTYPES)
     missing = [key for key in shapes if key not in tensors]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(f"{directory}: key {missing[0]!r} is in none of the weight files{more}")
 
 
-def _check_dtype(stored: StoredTensor) -> None:
-    if stored.dtype not in DTYPES:
-        raise InputError(
-            f"{stored.file.path}: {stored.key} has dtype {stored.dtype}, expected one of {', '.join(DTYPES)}"
-        )
+def _check_dtype(stored: StoredTensor, allowed: Sequence[str] = DTYPES) -> None:
+    if stored.dtype not in allowed:
+        expected = allowed[0] if len(allowed) == 1 else f"one of {', '.join(allowed)}"
+        raise InputError(f"{stored.file.path}: {stored.key} has dtype {stored.dtype}, expected {expected}")
 
 
 # -- Loading ----------------------------------------------------------------------------------------------------------
@@ -176,7 +201,7 @@ def stored_dtype(path: str | os.PathLike[str]) -> Dtype:
         InputError: the files cannot be read, or a matrix is of another dtype than fp32, fp16 and bf16.
     """
     any_layer = re.compile(r"\.\d+\.")
-    matrices = {key for entry in _TABLE.values() for key, letters in entry.parts if len(letters) == 2}
+    matrices = {key for entry in _TABLE.values() for key, letters in entry.parts if letters in ("VD", "DD", "FD", "DF")}
     elements: collections.Counter[str] = collections.Counter()
     with contextlib.ExitStack() as closing:
         for key, stored in open_tensors(pathlib.Path(path), closing).items():
@@ -199,19 +224,25 @@ def load_config(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> 
 
 
 def load_leaves(
-    path: str | os.PathLike[str], config: ModelConfig, mesh: Mesh, *, progress: bool = False
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    is_stored_quantized: bool = False,
+    progress: bool = False,
 ) -> list[jax.Array]:
     """Streams a checkpoint onto the devices of ``mesh``.
 
     Each stored tensor is read once, in blocks and in the order of the disk, by threads that read ahead; of a tensor
     whose rows are sharded, only the rows that this process's devices hold. On the host live at most one leaf that is
     being filled, one that is under way to its device, and the buffers read ahead. A leaf stored in another dtype is
-    converted on the device.
+    converted on the device, and quantised there where ``config.quant`` says so: from the values as stored.
 
     Args:
         path: a directory with ``model.safetensors`` or ``pytorch_model.bin``, or shards of either with their index.
         config: as ``load_config`` gives it; the leaves are in ``config.dtype``.
         mesh: from ``sharding.make_mesh``.
+        is_stored_quantized: the files hold what `write_leaves` writes of a quantised model.
         progress: show a progress bar, if stderr is a terminal.
 
     Returns:
@@ -223,13 +254,13 @@ def load_leaves(
     """
     directory = pathlib.Path(path)
     num_shards = mesh.shape["tensor"]
-    pieces = _pieces(config, num_shards)
-    params = model_def(config, num_shards).params
+    specs = {param.path: param for param in model_def(config, num_shards).params}
+    stored_config = config if is_stored_quantized else dataclasses.replace(config, quant="none")
+    pieces = _pieces(stored_config, num_shards)
+    params = model_def(stored_config, num_shards).params
     with contextlib.ExitStack() as closing:
         tensors = open_tensors(directory, closing)
-        _check_keys(
-            directory, tensors, config, {piece.key: piece.shape for group in pieces.values() for piece in group}
-        )
+        _check_keys(directory, tensors, config, pieces, params)
         order = {key: position for position, key in enumerate(tensors)}
         plans = [_plan_leaf(param, pieces[param.path], tensors, mesh) for param in params]
         plans.sort(key=lambda plan: min(order[piece.key] for piece in plan.pieces))
@@ -237,15 +268,21 @@ def load_leaves(
         advance = closing.enter_context(_progress_bar(sum(block.num_bytes for block in blocks), progress))
         stream = closing.enter_context(contextlib.closing(read_ahead(blocks)))
         leaves: dict[str, jax.Array] = {}
-        previous: jax.Array | None = None
+        previous: dict[str, jax.Array] = {}
         for plan in plans:
             parts = _fill_leaf(plan, tensors, stream, advance)
-            if previous is not None:
-                previous.block_until_ready()
-            previous = leaves[plan.param.path] = _place_leaf(plan, parts)
+            jax.block_until_ready(previous)
+            leaf = _place_leaf(plan, parts)
             del parts
+            path_of_leaf = plan.param.path
+            if specs[path_of_leaf].dtype == plan.param.dtype:
+                previous = {path_of_leaf: _converted(plan, leaf)}
+            else:
+                previous = quantized_as(specs, path_of_leaf, leaf, mesh)
+            del leaf
+            leaves |= previous
         jax.block_until_ready(previous)
-    return [leaves[param.path] for param in params]
+    return [leaves[name] for name in specs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +340,7 @@ def _fill_leaf(
 ) -> list[np.ndarray]:
     """One host array for each of ``plan.parts``, filled from ``plan.blocks``, which come next in ``stream``."""
     dtypes = {tensors[piece.key].dtype for piece in plan.pieces}
-    dtype = NUMPY_DTYPES[dtypes.pop() if len(dtypes) == 1 else "fp32"]  # mixed ones meet in fp32, which is exact
+    dtype = STORED_DTYPES[dtypes.pop() if len(dtypes) == 1 else "fp32"]  # mixed ones meet in fp32, which is exact
     arrays = [_aligned_empty(tuple(cut.stop - cut.start for cut in part), dtype) for part in plan.parts]
     # Key -> (region of the stored tensor, the view of an array that it fills, of the region's shape).
     targets: dict[str, list[tuple[tuple[slice, ...], np.ndarray]]] = {}
@@ -333,16 +370,20 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _place_leaf(plan: _LeafPlan, parts: Sequence[np.ndarray]) -> jax.Array:
-    """Puts a leaf's parts on their devices, in the leaf's dtype.
+    """Puts a leaf's parts on their devices, in the dtype they are stored in.
 
     On CPU devices the array is the host buffer itself, so nobody may write to ``parts`` again.
     """
-    param = plan.param
     arrays: list[jax.Array] = []
     for part, devices in zip(parts, plan.devices, strict=True):
         part.flags.writeable = False
         arrays.extend(jax.device_put(part, device) for device in devices)
-    leaf = jax.make_array_from_single_device_arrays(param.shape, plan.sharding, arrays)
+    return jax.make_array_from_single_device_arrays(plan.param.shape, plan.sharding, arrays)
+
+
+def _converted(plan: _LeafPlan, leaf: jax.Array) -> jax.Array:
+    """A leaf in the dtype of its parameter."""
+    param = plan.param
     if leaf.dtype == param.dtype:
         return leaf
     converted, is_finite = _converter(param.dtype, plan.sharding)(leaf)
@@ -403,7 +444,7 @@ def save_pretrained(
     leaves: Sequence[jax.Array],
     *,
     num_shards: int = 1,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer_files: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
     """Writes a directory that ``transformers.GPTJForCausalLM.from_pretrained`` and ``load_leaves`` read.
@@ -413,22 +454,53 @@ def save_pretrained(
 
     Args:
         directory: does not exist yet, or is empty.
-        config: of the model; its ``dtype`` is the leaves'.
+        config: of the model; its ``dtype`` is the leaves'. Not quantised: transformers could not read that.
         leaves: in the order of ``model_def(config, num_shards).params``.
         num_shards: extent of the leaves' shard axis.
         max_shard_bytes: no weight file's tensors take more, unless a single one does.
         tokenizer_files: copied into the directory under their own names.
 
     Raises:
-        InputError: the directory is not empty or cannot be written, a tokenizer file is missing or has a name that is
-            taken, ``max_shard_bytes`` is not positive.
+        InputError: the model is quantised, the directory is not empty or cannot be written, a tokenizer file is missing
+            or has a name that is taken, ``max_shard_bytes`` is not positive.
         ValueError: the leaves are not those of ``config``.
     """
+    if config.quant != "none":
+        raise InputError(
+            f"a model with quant {config.quant} cannot be saved: transformers could not read it, and what is made of "
+            "weights has their licence; load it without quant to save it"
+        )
     target = pathlib.Path(os.path.realpath(directory))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{directory} exists and is not an empty directory")
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    hf_config = config.to_hf_dict()
+    with renamed_when_complete(target) as temporary:
+        write_json(temporary / "config.json", hf_config)
+        write_json(temporary / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
+        write_leaves(temporary, config, leaves, num_shards, max_shard_bytes)
+        for file in map(pathlib.Path, tokenizer_files):
+            if not file.is_file():
+                raise InputError(f"tokenizer file does not exist: {file}")
+            if (temporary / file.name).exists():
+                raise InputError(f"tokenizer file {file} has the name of another file of the checkpoint")
+            shutil.copyfile(file, temporary / file.name)
+
+
+def write_leaves(
+    directory: pathlib.Path,
+    config: ModelConfig,
+    leaves: Sequence[jax.Array],
+    num_shards: int,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes weight files under Hugging Face's keys, tensor by tensor. Quantised matrices are INT8, each with its f32
+    scales beside it: of ``KEY`` under ``KEY_scale``.
+
+    Raises:
+        ValueError: the leaves are not those of ``config``.
+    """
     params = model_def(config, num_shards).params
     for param, leaf in zip(params, leaves, strict=True):
         if (leaf.shape, leaf.dtype) != (param.shape, param.dtype):
@@ -438,18 +510,9 @@ def save_pretrained(
     for path, pieces in _pieces(config, num_shards).items():
         for key, group in itertools.groupby(pieces, lambda piece: piece.key):
             parts = tuple(group)
-            tensors.append(TensorToWrite(key, parts[0].shape, functools.partial(_fetch, by_path[path], parts)))
-    hf_config = config.to_hf_dict()
-    with renamed_when_complete(target) as temporary:
-        write_json(temporary / "config.json", hf_config)
-        write_json(temporary / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
-        write_weights(temporary, config.dtype, tensors, max_shard_bytes)
-        for file in map(pathlib.Path, tokenizer_files):
-            if not file.is_file():
-                raise InputError(f"tokenizer file does not exist: {file}")
-            if (temporary / file.name).exists():
-                raise InputError(f"tokenizer file {file} has the name of another file of the checkpoint")
-            shutil.copyfile(file, temporary / file.name)
+            fetch = functools.partial(_fetch, by_path[path], parts)
+            tensors.append(TensorToWrite(key, parts[0].shape, by_path[path].dtype, fetch))
+    write_weights(directory, tensors, max_shard_bytes)
 
 
 def _fetch(leaf: jax.Array, pieces: Sequence[_Piece]) -> np.ndarray:

@@ -43,12 +43,25 @@ _SHOWN_CHARS = 40  # of a text in a table
 # -- Options that several commands share ------------------------------------------------------------------------------
 
 _Dtype = Literal["fp32", "fp16", "bf16"]
+_QuantMode = Literal["none", "w8a16"]
+_Choice = Literal["auto", "ffi", "reference"]
 _Model = Annotated[
     str, typer.Option("--model", "-m", metavar="DIR", help="Hugging Face directory, or 'demo' for the shipped model.")
 ]
 _DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype to run in; as the weights are stored if not given.")]
 _Quant = Annotated[
-    str | None, typer.Option(help="Weight quantisation. No mode is supported yet: leave it out, or say 'none'.")
+    _QuantMode, typer.Option(help="Quantisation of the weights: w8a16 holds their matrices in INT8, at half the size.")
+]
+_KeepQuantized = Annotated[
+    bool,
+    typer.Option(
+        "--keep-quantized/--no-keep-quantized",
+        help="Keep quantised weights in the cache folder (kogpt info names it), and take them from there.",
+    ),
+]
+_Implementation = Annotated[
+    _Choice,
+    typer.Option(help="What runs a decode step: ffi (this project's kernels), reference (XLA), or the faster one."),
 ]
 _KvDtype = Annotated[
     str | None,
@@ -151,10 +164,12 @@ def generate(
     seed: _Seed = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     dtype: _DtypeOption = None,
-    quant: _Quant = None,
+    quant: _Quant = "none",
+    keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
+    implementation: _Implementation = "auto",
     input_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -196,7 +211,7 @@ def generate(
     if stream and not can_stream:
         raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
     clock = _Clock()
-    engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, implementation)
     clock.loaded()
     prompt_ids = [_encode(engine, row) for row in rows]
 
@@ -302,15 +317,20 @@ class _Clock:
 
     def report(self, engine: "kogpt_jax.KoGPT") -> None:
         """Prints the times on stderr."""
+        from kogpt_jax.ops import describe  # here, so that --help need not import JAX
+
         device = engine.mesh.devices.flat[0]
         memory = device.memory_stats() or {}
         peak = f", peak memory {memory['peak_bytes_in_use'] / 2**30:.2f} GiB" if "peak_bytes_in_use" in memory else ""
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
+        config = engine.config
+        dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
         lines = [
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
             f"decode       {rate} ({self._num_tokens} tokens in all)",
-            f"device       {device.platform} {device.device_kind}, {engine.config.dtype}{peak}",
+            f"device       {device.platform} {device.device_kind}, {dtype}{peak}",
+            f"ops          {describe(engine.ops)}",
         ]
         _tell("\n".join(lines) + "\n")
 
@@ -326,9 +346,11 @@ def prompt_loop(
     min_p: _MinP = 0.0,
     seed: _Seed = None,
     dtype: _DtypeOption = None,
-    quant: _Quant = None,
+    quant: _Quant = "none",
+    keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
+    implementation: _Implementation = "auto",
 ) -> None:
     """Ask for prompts and continue them, one after the other.
 
@@ -337,7 +359,7 @@ def prompt_loop(
     defaults, and a bad one ends the command.
     """
     filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size=1)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, 1, implementation)
     has_user = _is_terminal(sys.stdin)
     if has_user:
         with contextlib.suppress(ImportError):  # line editing; Python can be built without
@@ -448,7 +470,8 @@ def score(
     ] = None,
     file: Annotated[pathlib.Path | None, typer.Option("--file", "-f", help="Texts to score, one a line.")] = None,
     dtype: _DtypeOption = None,
-    quant: _Quant = None,
+    quant: _Quant = "none",
+    keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
@@ -464,7 +487,7 @@ def score(
     The first token of a text has none before it and counts for nothing.
     """
     rows = _text_rows(text, file)
-    engine = _load(model, dtype, quant, kv_dtype, mesh, max_batch_size)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size)
     token_ids = [_encode(engine, row, at_least=2) for row in rows]
     is_json = output_format == "jsonl"
     from kogpt_jax.engine import perplexity  # here, so that --help need not import JAX
@@ -529,15 +552,28 @@ def info(
 
 
 def _load(
-    model: str, dtype: _Dtype | None, quant: str | None, kv_dtype: str | None, mesh: str, max_batch_size: int
+    model: str,
+    dtype: _Dtype | None,
+    quant: _QuantMode,
+    keep_quantized: bool,
+    kv_dtype: str | None,
+    mesh: str,
+    max_batch_size: int,
+    implementation: _Choice = "auto",
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too, to name the option
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
-    for option, value in (("--quant", quant), ("--kv-dtype", kv_dtype)):
-        if value not in (None, "none"):  # here, since a command line has no None, which is what the engine asks for
-            raise InputError(f"{option} {value!r} is not supported yet: leave the option out")
+    if kv_dtype not in (None, "none"):  # here, since a command line has no None, which is what the engine asks for
+        raise InputError(f"--kv-dtype {kv_dtype!r} is not supported yet: leave the option out")
     engine = kogpt_jax.KoGPT.from_pretrained(
-        model, dtype=dtype, mesh=mesh, max_batch_size=max_batch_size, progress=True
+        model,
+        dtype=dtype,
+        quant=quant,
+        keep_quantized=keep_quantized,
+        mesh=mesh,
+        max_batch_size=max_batch_size,
+        implementation=implementation,
+        progress=True,
     )
     if engine.tokenizer is None:
         raise InputError(f"{model} has no tokenizer: expected tokenizer.json or a SentencePiece *.model in it")

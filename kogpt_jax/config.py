@@ -1,4 +1,4 @@
-"""What a model is: one frozen dataclass, read from and written to Hugging Face's ``config.json``."""
+"""Frozen dataclasses: what a model is, read from and written to Hugging Face's ``config.json``; what computes it."""
 
 import dataclasses
 import pathlib
@@ -13,6 +13,9 @@ from kogpt_jax.json_files import read_json_object
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+Quant = Literal["none", "w8a16"]
+QUANTS: tuple[str, ...] = get_args(Quant)
+Implementation = Literal["reference", "ffi"]
 
 # One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 _TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -27,7 +30,7 @@ _TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A GPT-J-architecture model: sizes, constants and the dtype of weights and activations.
+    """A GPT-J-architecture model: sizes, constants, the dtype of weights and activations, the weights' quantisation.
 
     Frozen, because it is a static argument of jitted functions. Letters are the project's shape letters.
 
@@ -45,6 +48,8 @@ class ModelConfig:
     layer_norm_epsilon: float = 1e-5
     eos_token_ids: tuple[int, ...] = ()  # a row ends when one of these is sampled
     dtype: Dtype = "bf16"
+    # w8a16: matrices of the layers and lm_head in INT8 with an f32 scale an output; all else and activations in dtype.
+    quant: Quant = "none"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_len", "model_dim", "num_layers", "num_heads", "rotary_dim", "ffn_dim"):
@@ -61,6 +66,8 @@ class ModelConfig:
                 raise InputError(f"eos_token_ids holds {token_id}, outside the vocabulary of {self.vocab_size}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.quant not in QUANTS:
+            raise InputError(f"quant must be one of {', '.join(QUANTS)}, got {self.quant!r}")
 
     @property
     def head_dim(self) -> int:
@@ -135,7 +142,7 @@ class ModelConfig:
         return config
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """The ``config.json`` that Hugging Face transformers reads back as this model."""
+        """The ``config.json`` that Hugging Face transformers reads back as this model, unquantised."""
         eos = self.eos_token_ids
         return {
             "architectures": ["GPTJForCausalLM"],
@@ -157,6 +164,18 @@ class ModelConfig:
             "tie_word_embeddings": False,
             "torch_dtype": _TORCH_DTYPES[self.dtype],
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpsConfig:
+    """What runs each op of a decode step: ``"ffi"``, the project's own kernel, or ``"reference"``, XLA.
+
+    `ops.resolve_ops` makes one when an engine is built; nothing falls back afterwards. The other phases are XLA's.
+    """
+
+    linear: Implementation = "reference"  # products of 1 to 64 rows
+    linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
+    decode_attention: Implementation = "reference"
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from custom_ops import make_semaphores
 from kogpt_jax.kv_cache import KVCache, cache_specs
 from kogpt_jax.model import ModelDef
 from kogpt_jax.sampling import RowSampling, sample
@@ -26,7 +27,7 @@ NO_TOKEN = -1  # stands where a finished row emits nothing
 # Any: in the structure of a state they stand where it has arrays.
 _ROWS: Any = partition_spec(("batch",))
 _ROWS_BY_LEN: Any = partition_spec(("batch", "q_len"))
-_SCALAR: Any = PartitionSpec()
+_REPLICATED: Any = PartitionSpec()
 
 # Positions of a row that meet lm_head together when a whole text is scored: logits take [B, block, V].
 SCORE_BLOCK = 128
@@ -34,7 +35,7 @@ SCORE_BLOCK = 128
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "tokens", "num_remaining", "ignore_eos", "sampling"],
+    data_fields=["cache", "tokens", "num_remaining", "ignore_eos", "sampling", "semaphores"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class DecodeState:
     num_remaining: Int[Array, " B"]  # tokens the row may still get; 0 once it has finished
     ignore_eos: Bool[Array, " B"]
     sampling: RowSampling
+    semaphores: Int[Array, " num_semaphores"]  # what the kernels of a step count with: zeros between them
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "logprobs", "all_done"], meta_fields=[])
@@ -91,7 +93,7 @@ def prefill(
         state, new_tokens, logprobs = _next_token(state, model.logits(hidden), definition)
         return state, _emitted(new_tokens[:, None], logprobs[:, None], state)
 
-    state = DecodeState(cache, lengths, max_new_tokens, ignore_eos, sampling)
+    state = DecodeState(cache, lengths, max_new_tokens, ignore_eos, sampling, make_semaphores())
     specs = _state_specs(definition)
     return jax.shard_map(
         local,
@@ -115,9 +117,9 @@ def decode_loop(
         def step(i: Array, carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
             state, tokens, logprobs = carry
             num_new = jnp.where(state.num_remaining > 0, 1, 0)
-            hidden, cache = model.decode_step(state.tokens, num_new, state.cache)
-            state = dataclasses.replace(state, cache=cache)
-            state, new_tokens, new_logprobs = _next_token(state, model.logits(hidden), definition)
+            logits, cache, semaphores = model.decode_step(state.tokens, num_new, state.cache, state.semaphores)
+            state = dataclasses.replace(state, cache=cache, semaphores=semaphores)
+            state, new_tokens, new_logprobs = _next_token(state, logits, definition)
             return state, tokens.at[:, i].set(new_tokens), logprobs.at[:, i].set(new_logprobs)
 
         no_tokens = jnp.full((batch, num_steps), NO_TOKEN, jnp.int32)
@@ -208,7 +210,8 @@ def _state_specs(definition: ModelDef) -> DecodeState:
         num_remaining=_ROWS,
         ignore_eos=_ROWS,
         sampling=RowSampling(_ROWS, _ROWS, _ROWS, _ROWS, _ROWS),
+        semaphores=_REPLICATED,  # each device has its own
     )
 
 
-_EMITTED_SPECS = Emitted(tokens=_ROWS_BY_LEN, logprobs=_ROWS_BY_LEN, all_done=_SCALAR)
+_EMITTED_SPECS = Emitted(tokens=_ROWS_BY_LEN, logprobs=_ROWS_BY_LEN, all_done=_REPLICATED)

@@ -21,10 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, runtime, sharding
-from kogpt_jax.config import DTYPES, Dtype, ModelConfig
+from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding
+from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, Emitted
 from kogpt_jax.errors import InputError
+from kogpt_jax.ops import Choice, check_choice, resolve_ops
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
@@ -112,6 +113,7 @@ class KoGPT:
         tokenizer: Tokenizer | None = None,
         *,
         max_batch_size: int = 64,
+        implementation: Choice = "auto",
     ):
         """For callers that hold leaves already; others use `from_pretrained`.
 
@@ -121,6 +123,8 @@ class KoGPT:
             mesh: from `sharding.make_mesh`.
             tokenizer: None leaves the token-id level only.
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
+            implementation: what runs a decode step: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
+                faster of those that this machine has. ``ops`` has what was chosen.
         """
         _check_max_batch_size(max_batch_size)
         config = resolve_eos(config, tokenizer)
@@ -129,9 +133,11 @@ class KoGPT:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.leaves = tuple(leaves)
-        self._definition = model.model_def(config, mesh.shape["tensor"])
+        platform, num_shards = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=num_shards)
+        self._definition = model.model_def(config, num_shards, self.ops)
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
-        self._chunks_in_flight = 1 if mesh.devices.flat[0].platform == "cpu" else 2
+        self._chunks_in_flight = 1 if platform == "cpu" else 2
 
     @classmethod
     def from_pretrained(
@@ -139,10 +145,12 @@ class KoGPT:
         path: str | os.PathLike[str],
         *,
         dtype: Dtype | None = None,
-        quant: str | None = None,
+        quant: Quant = "none",
+        keep_quantized: bool = True,
         kv_dtype: str | None = None,
         mesh: str = "d1p1t1",
         max_batch_size: int = 64,
+        implementation: Choice = "auto",
         progress: bool = False,
     ) -> "KoGPT":
         """Loads a Hugging Face directory, or the shipped model ``"demo"``.
@@ -151,10 +159,12 @@ class KoGPT:
             path: a directory with ``config.json``, weights and usually a tokenizer; ``"demo"`` is the shipped model
                 (write ``./demo`` for a directory of that name).
             dtype: "fp32", "fp16" or "bf16"; None keeps the dtype of the stored weights.
-            quant: must be None, quantised weights are not supported yet.
+            quant: "w8a16" holds the weight matrices in INT8 with a scale an output; "none" in ``dtype``.
+            keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
             kv_dtype: must be None, the cache has the model's dtype.
             mesh: "d1p1t1", others are not supported yet.
             max_batch_size: rows that run together at most.
+            implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             progress: show a progress bar while loading, if stderr is a terminal.
 
         Raises:
@@ -162,15 +172,16 @@ class KoGPT:
         """
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if quant is not None:
-            raise InputError(f"quant {quant!r} is not supported yet, only None")
+        if quant not in QUANTS:
+            raise InputError(f"quant must be one of {', '.join(QUANTS)}, got {quant!r}")
+        check_choice(implementation)
         if kv_dtype is not None:
             raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
         extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
-        config = checkpoint.load_config(directory, dtype=dtype)
+        config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant)
         tokenizer_file = find_tokenizer(directory)
         tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -179,12 +190,21 @@ class KoGPT:
                 f"more than vocab_size {config.vocab_size} of the model"
             )
         device_mesh = sharding.make_mesh(*extents)
-        leaves = checkpoint.load_leaves(directory, config, device_mesh, progress=progress)
-        return cls(config, leaves, device_mesh, tokenizer, max_batch_size=max_batch_size)
+        # Before the weights are loaded: whether the implementation can work.
+        resolve_ops(config, implementation, platform=device_mesh.devices.flat[0].platform)
+        load_leaves = checkpoint.load_leaves if quant == "none" or not keep_quantized else quantized_cache.load_leaves
+        leaves = load_leaves(directory, config, device_mesh, progress=progress)
+        return cls(config, leaves, device_mesh, tokenizer, max_batch_size=max_batch_size, implementation=implementation)
 
     @classmethod
     def from_random(
-        cls, config: ModelConfig, *, seed: int = 0, mesh: str = "d1p1t1", max_batch_size: int = 64
+        cls,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        mesh: str = "d1p1t1",
+        max_batch_size: int = 64,
+        implementation: Choice = "auto",
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
         extents = sharding.parse_mesh(mesh)
@@ -192,13 +212,13 @@ class KoGPT:
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
         leaves = model.random_leaves(config, device_mesh, seed=seed)
-        return cls(config, leaves, device_mesh, max_batch_size=max_batch_size)
+        return cls(config, leaves, device_mesh, max_batch_size=max_batch_size, implementation=implementation)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Writes a Hugging Face directory that transformers and `from_pretrained` read, tokenizer included.
 
         Raises:
-            InputError: the directory exists and is not empty, or cannot be written.
+            InputError: the model is quantised, or the directory exists and is not empty, or cannot be written.
         """
         checkpoint.save_pretrained(
             directory,
@@ -499,7 +519,13 @@ class KoGPT:
         # A layer's products in the model's dtype, residual stream and scores of one block of queries in f32.
         widths = (4 * config.model_dim + 2 * config.ffn_dim) * config.jax_dtype.itemsize + 3 * config.model_dim * 4
         scores = 2 * config.num_heads * min(q_len, model.QUERY_BLOCK) * q_len * 4
-        return cache + batch * (q_len * widths + scores + 2 * num_logits * 4)
+        needed = cache + batch * (q_len * widths + scores + 2 * num_logits * 4)
+        if config.quant != "none":
+            # Before a product over whole sequences its weights are converted to the dtype, and its sums are f32.
+            outputs = 3 * config.model_dim + config.ffn_dim
+            needed += config.model_dim * max(outputs, config.vocab_size) * config.jax_dtype.itemsize
+            needed += batch * q_len * outputs * 4
+        return needed
 
     def _free_bytes(self) -> float:
         """Memory left on the fullest device; on a CPU what the host has available."""

@@ -10,9 +10,9 @@ from typing import Any, get_args
 
 import jax
 
-from kogpt_jax import checkpoint, demo, kv_cache, runtime, tokenizer
+from kogpt_jax import checkpoint, demo, kv_cache, quantized_cache, runtime, tokenizer
 from kogpt_jax._version import __version__
-from kogpt_jax.config import Dtype
+from kogpt_jax.config import Dtype, ModelConfig
 from kogpt_jax.engine import resolve_eos
 from kogpt_jax.model import model_def
 
@@ -35,6 +35,12 @@ def make_report(model: str | None) -> dict[str, Any]:
     report["devices"] = [_device_report(device) for device in jax.devices()]
     report["settings"] = [setting._asdict() for setting in settings]
     report["cache_dir"] = str(runtime.cache_dir())
+    num_models, num_bytes = quantized_cache.size()
+    report["quantized_cache"] = {
+        "directory": str(quantized_cache.directory()),
+        "models": num_models,
+        "bytes": num_bytes,
+    }
     return report
 
 
@@ -62,7 +68,10 @@ def _model_report(model: str) -> dict[str, Any]:
         "directory": str(directory),
         "config": dataclasses.asdict(model_config),  # its dtype is that of the stored weights
         "num_params": num_params,
-        "weight_bytes": {dtype: num_params * other.jax_dtype.itemsize for dtype, other in by_dtype.items()},
+        "weight_bytes": {
+            **{dtype: _weight_bytes(other) for dtype, other in by_dtype.items()},
+            "w8a16": _weight_bytes(dataclasses.replace(model_config, dtype="bf16", quant="w8a16")),
+        },
         # Of a row that may fill the whole context.
         "kv_cache_bytes_per_row": {
             dtype: kv_cache.cache_bytes_per_row(other, num_pages * kv_cache.PAGE_LEN)
@@ -70,6 +79,11 @@ def _model_report(model: str) -> dict[str, Any]:
         },
         "tokenizer": None if loaded is None else _tokenizer_report(loaded),
     }
+
+
+def _weight_bytes(config: ModelConfig) -> int:
+    """Bytes of a model's parameters."""
+    return sum(math.prod(param.shape) * param.dtype.itemsize for param in model_def(config).params)
 
 
 def _tokenizer_report(loaded: tokenizer.Tokenizer) -> dict[str, Any]:
@@ -104,6 +118,9 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         facts.append(("device", ", ".join(filter(None, (device["name"], device["kind"], memory)))))
     facts += [("setting", "{name} = {value} (by {origin})".format(**setting)) for setting in report["settings"]]
     facts.append(("cache folder", report["cache_dir"]))
+    kept = report["quantized_cache"]
+    size = f"{kept['models']} models, {format_bytes(kept['bytes'])}"
+    facts.append(("quantised weights", f"{kept['directory']}, {size}"))
     width = max(len(name) for name, _ in facts)
     return (f"{name:<{width}}  {value}" for name, value in facts)
 

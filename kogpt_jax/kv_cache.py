@@ -16,7 +16,7 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.sharding import named_sharding, partition_spec
@@ -83,37 +83,3 @@ def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> 
         page_table=jnp.tile(own_pages, (mesh.shape["data"], 1)),
         lengths=jnp.zeros(batch, jnp.int32),
     )
-
-
-def append(
-    pages: Float[Array, "pages N page_len H"],
-    new: Float[Array, "B T N H"],
-    page_table: Int[Array, "B max_pages"],
-    positions: Int[Array, "B T"],
-    is_valid: Bool[Array, "B T"],
-) -> Float[Array, "pages N page_len H"]:
-    """Writes ``new[b, t]`` where token ``positions[b, t]`` of row b lies; tokens that are not valid go to the
-    scratch page."""
-    page_slot = jnp.minimum(positions // PAGE_LEN, page_table.shape[1] - 1)
-    page_ids = jnp.take_along_axis(page_table, page_slot, axis=1)
-    page_ids = jnp.where(is_valid, page_ids, pages.shape[0] - 1)
-    new = new.astype(pages.dtype)
-    if positions.size == 1:
-        # XLA makes of a scatter of one index this update and a second kernel that checks bounds: 2 us a layer on an
-        # H100.
-        start = (page_ids[0, 0], 0, positions[0, 0] % PAGE_LEN, 0)
-        return jax.lax.dynamic_update_slice(pages, new.swapaxes(1, 2), start)
-    return pages.at[page_ids, :, positions % PAGE_LEN].set(new, mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def gather(
-    pages: Float[Array, "pages N page_len H"], page_table: Int[Array, "B max_pages"]
-) -> Float[Array, "B max_pages N page_len H"]:
-    """The pages of each row in order, valid tokens and others."""
-    return pages.at[page_table].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def valid_tokens(lengths: Int[Array, " B"], max_pages: int) -> Bool[Array, "B max_pages page_len"]:
-    """Which tokens of each row's pages are valid."""
-    tokens = jnp.arange(max_pages * PAGE_LEN).reshape(max_pages, PAGE_LEN)
-    return tokens < lengths[:, None, None]

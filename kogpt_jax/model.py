@@ -2,8 +2,8 @@
 
 Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes
 queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
-`psum` follows. The phases differ only in how they attend: each hands `Block` a function from local q, k, v to
-attention's output.
+`psum` follows. The phases over whole sequences differ only in how they attend: each hands `Block` a function from local
+q, k, v to attention's output. A decode step calls `custom_ops`, whose kernels do a layer in three calls.
 
 The numeric oracle is Hugging Face's ``GPTJForCausalLM`` in f32. Products run in the model's dtype and accumulate in
 f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatever the dtype.
@@ -12,7 +12,8 @@ f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatev
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kogpt_jax import kv_cache
-from kogpt_jax.config import ModelConfig
+from custom_ops import QuantizedArray, decode_attention, linear, pages
+from custom_ops.linear import MAX_ROWS, product
+from custom_ops.rotary import apply_rotary
+from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.kv_cache import KVCache
+from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
 from kogpt_jax.sharding import named_sharding, partition_spec
+
+DEFAULT_OPS = OpsConfig()
 
 # Longer prompts attend in blocks of this many queries, so that scores take [B, N, block, T] and not [B, N, T, T].
 QUERY_BLOCK = 512
@@ -40,26 +46,31 @@ class Embed(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.embedding = _param((config.vocab_size, config.model_dim), ("vocab", "embed"), config)
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         return self.embedding[...][tokens].astype(jnp.float32)
 
 
 class Block(nnx.Module):
     """One layer: LayerNorm -> ``w_in`` -> attention beside GELU -> ``w_out`` -> psum -> residual."""
 
-    def __init__(self, config: ModelConfig, num_shards: int):
+    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig):
         model_dim, ffn_dim = config.model_dim, config.ffn_dim
         local_dim, local_ffn = model_dim // num_shards, ffn_dim // num_shards
         self.config = config
+        self.ops = ops
+        self.num_shards = num_shards
         self.num_local_heads = config.num_heads // num_shards
         self.ln_scale = _param((model_dim,), ("embed",), config, mean=1.0)
         self.ln_bias = _param((model_dim,), ("embed",), config)
         # Output-major: the K values of each output lie together, which decode kernels and INT8 tensor cores want.
-        self.w_in = _param(
-            (num_shards, 3 * local_dim + local_ffn, model_dim), ("tensor_shard", "fused", "embed"), config
+        self.w_in, self.w_in_scale = _matrix(
+            (num_shards, 3 * local_dim + local_ffn, model_dim), ("tensor_shard", "fused", "embed"), config, k_axes=(2,)
         )
         self.b_ffn_in = _param((num_shards, local_ffn), ("tensor_shard", "fused"), config)
-        self.w_out = _param((num_shards, model_dim, local_dim + local_ffn), ("tensor_shard", "embed", "fused"), config)
+        # K is attention's and the FFN's part of every shard: an output has one scale over all of them.
+        self.w_out, self.w_out_scale = _matrix(
+            (num_shards, model_dim, local_dim + local_ffn), ("tensor_shard", "embed", "fused"), config, k_axes=(0, 2)
+        )
         self.b_ffn_out = _param((model_dim,), ("embed",), config)
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
@@ -68,28 +79,81 @@ class Block(nnx.Module):
         local_dim = self.num_local_heads * config.head_dim
         with jax.named_scope("w_in"):
             h = layer_norm(x, self.ln_scale[...], self.ln_bias[...], config)
-            y = linear(h, self.w_in[0], config.jax_dtype)
+            y = dense(h, _local_weight(self.w_in, self.w_in_scale), config.jax_dtype)
             q, k, v, ffn = jnp.split(y, (local_dim, 2 * local_dim, 3 * local_dim), axis=-1)
         with jax.named_scope("attention"):
             heads = (batch, q_len, self.num_local_heads, config.head_dim)
-            attn, pages = attend(q.reshape(heads), k.reshape(heads), v.reshape(heads))
+            attn, kept = attend(q.reshape(heads), k.reshape(heads), v.reshape(heads))
         with jax.named_scope("w_out"):
             ffn = jax.nn.gelu(ffn.astype(jnp.float32) + self.b_ffn_in[0].astype(jnp.float32), approximate=True)
             act = jnp.concatenate([attn.reshape(batch, q_len, local_dim), ffn.astype(config.jax_dtype)], axis=-1)
-            out = jax.lax.psum(linear(act, self.w_out[0], jnp.float32), "tensor")
-        return x + out + self.b_ffn_out[...].astype(jnp.float32), pages
+            out = jax.lax.psum(dense(act, _local_weight(self.w_out, self.w_out_scale), jnp.float32), "tensor")
+        return x + out + self.b_ffn_out[...].astype(jnp.float32), kept
+
+    def decode_step(
+        self,
+        x: Float[Array, "B D"],
+        rotary: tuple[Array, Array],
+        layer: int,
+        cache: KVCache,
+        num_new: Int[Array, " B"],
+        semaphores: Array,
+    ) -> tuple[Float[Array, "B D"], tuple[Array, Array], Array]:
+        """One token a row. Both products' inputs lie in one buffer ``act``: GELU fills the FFN's part of it, attention
+        its own.
+
+        Returns:
+            The residual stream, the layer's pages with the new tokens, the semaphores.
+        """
+        config, ops = self.config, self.ops
+        local_dim = self.num_local_heads * config.head_dim
+        with jax.named_scope("w_in"):
+            qkv, act, semaphores = decode_linear(
+                x,
+                _local_weight(self.w_in, self.w_in_scale),
+                ops,
+                semaphores,
+                layer_norm=(self.ln_scale[...], self.ln_bias[...], config.layer_norm_epsilon),
+                bias=self.b_ffn_in[0],
+                gelu_from=3 * local_dim,
+                act_dim=local_dim + self.b_ffn_in.shape[1],
+            )
+        with jax.named_scope("attention"):
+            act, k_pages, v_pages, semaphores = decode_attention(
+                qkv,
+                rotary,
+                cache.k[layer],
+                cache.v[layer],
+                cache.page_table,
+                cache.lengths,
+                num_new,
+                act,
+                semaphores=semaphores,
+                implementation=ops.decode_attention,
+            )
+        with jax.named_scope("w_out"):
+            w_out = _local_weight(self.w_out, self.w_out_scale)
+            if self.num_shards == 1:
+                x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=self.b_ffn_out[...], residual=x)
+            else:
+                out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32)
+                x = x + jax.lax.psum(out, "tensor") + self.b_ffn_out[...].astype(jnp.float32)
+        return x, (k_pages, v_pages), semaphores
 
 
 class GPTJ(nnx.Module):
     """The whole model. Built only abstractly (`model_def`); its leaves are held apart and merged inside the jit."""
 
-    def __init__(self, config: ModelConfig, num_shards: int):
+    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig):
         self.config = config
+        self.ops = ops
         self.embed = Embed(config)
-        self.blocks = nnx.List([Block(config, num_shards) for _ in range(config.num_layers)])
+        self.blocks = nnx.List([Block(config, num_shards, ops) for _ in range(config.num_layers)])
         self.ln_f_scale = _param((config.model_dim,), ("embed",), config, mean=1.0)
         self.ln_f_bias = _param((config.model_dim,), ("embed",), config)
-        self.lm_head = _param((config.vocab_size, config.model_dim), ("vocab", "embed"), config)
+        self.lm_head, self.lm_head_scale = _matrix(
+            (config.vocab_size, config.model_dim), ("vocab", "embed"), config, k_axes=(1,)
+        )
         self.lm_head_bias = _param((config.vocab_size,), ("vocab",), config)
 
     def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -97,7 +161,7 @@ class GPTJ(nnx.Module):
 
         A row may be padded on the right: a position sees only what stands before it.
         """
-        rotary = rotary_tables(jnp.arange(tokens.shape[1])[None], self.config)
+        rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], self.config))
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
             q, k = apply_rotary(q, k, rotary)
@@ -118,7 +182,7 @@ class GPTJ(nnx.Module):
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         is_valid = positions < lengths[:, None]
-        rotary = rotary_tables(positions[:1], self.config)
+        rotary = for_heads(rotary_tables(positions[:1], self.config))
         x = self.embed(tokens)
         new_pages = []
         for layer, block in enumerate(self.blocks):
@@ -127,52 +191,96 @@ class GPTJ(nnx.Module):
                 q, k = apply_rotary(q, k, rotary)
                 return causal_attention(q, k, v), _append(cache, layer, k, v, positions, is_valid)
 
-            x, pages = block(x, attend)
-            new_pages.append(pages)
+            x, layer_pages = block(x, attend)
+            new_pages.append(layer_pages)
         # Of a row's positions only one meets lm_head.
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self._final_norm(last), _with_pages(cache, new_pages, lengths)
 
     def decode_step(
-        self, tokens: Int[Array, " B"], num_new: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "B D"], KVCache]:
+        self, tokens: Int[Array, " B"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
+    ) -> tuple[Float[Array, "B V"], KVCache, Array]:
         """Appends one token a row and attends to all of the row.
 
         Args:
             tokens: the token that follows the cached ones.
             num_new: 1 for a running row; 0 for a finished one, whose cache and length stay as they are.
             cache: the tokens before.
+            semaphores: from ``custom_ops.make_semaphores``.
+
+        Returns:
+            Logits in f32 (those of a finished row mean nothing), the cache, the semaphores.
         """
-        positions = cache.lengths[:, None]
-        is_valid = num_new[:, None] > 0
-        lengths = cache.lengths + num_new
-        rotary = rotary_tables(positions, self.config)
-        x = self.embed(tokens[:, None])
+        rotary = rotary_tables(cache.lengths, self.config)
+        x = self.embed(tokens)
         new_pages = []
         for layer, block in enumerate(self.blocks):
-
-            def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
-                q, k = apply_rotary(q, k, rotary)
-                pages = _append(cache, layer, k, v, positions, is_valid)
-                return decode_attention(q[:, 0], *pages, cache.page_table, lengths)[:, None], pages
-
-            x, pages = block(x, attend)
-            new_pages.append(pages)
-        return self._final_norm(x[:, 0]), _with_pages(cache, new_pages, lengths)
+            x, layer_pages, semaphores = block.decode_step(x, rotary, layer, cache, num_new, semaphores)
+            new_pages.append(layer_pages)
+        with jax.named_scope("lm_head"):
+            logits, semaphores = decode_linear(
+                x,
+                _local_weight(self.lm_head, self.lm_head_scale),
+                self.ops,
+                semaphores,
+                layer_norm=(self.ln_f_scale[...], self.ln_f_bias[...], self.config.layer_norm_epsilon),
+                bias=self.lm_head_bias[...],
+                out_dtype=jnp.float32,
+            )
+        return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in f32 from final hidden states."""
         with jax.named_scope("lm_head"):
-            return linear(hidden, self.lm_head[...], jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
+            weight = _local_weight(self.lm_head, self.lm_head_scale)
+            return dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
 
     def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
 
 
-def linear(x: Float[Array, "*B K"], weight: Float[Array, "M K"], out_dtype: np.dtype | type) -> Float[Array, "*B M"]:
-    """``x @ weight.T``, accumulated in f32."""
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract_last, _precision(x), preferred_element_type=out_dtype)
+def dense(
+    x: Float[Array, "*B K"], weight: Float[Array, "M K"] | QuantizedArray, out_dtype: np.dtype | type
+) -> Float[Array, "*B M"]:
+    """``x @ weight.T``, accumulated in f32, for any number of rows.
+
+    INT8 values are exact in every dtype; their scales multiply the sums, so that nothing but the quantisation is lost.
+    """
+    if isinstance(weight, QuantizedArray):
+        sums = product(x, weight.qvalue.astype(x.dtype), jnp.float32)
+        return (sums * weight.scale[:, 0]).astype(out_dtype)
+    return product(x, weight, out_dtype)
+
+
+def decode_linear(
+    x: Float[Array, "B K"],
+    weight: Float[Array, "M K"] | QuantizedArray,
+    ops: OpsConfig,
+    semaphores: Array,
+    *,
+    residual: Float[Array, "B M"] | None = None,
+    **arguments: Any,
+) -> tuple[Array, ...]:
+    """`custom_ops.linear` as ``ops`` says for this many rows; more than a kernel takes run in groups."""
+    rows = x.shape[0]
+    implementation = ops.linear if rows <= MAX_ROWS else ops.linear_many_rows
+    group_len = rows if implementation == "reference" else MAX_ROWS
+    groups = []
+    for first in range(0, rows, group_len):
+        group = slice(first, first + group_len)
+        *outputs, semaphores = linear(
+            x[group],
+            weight,
+            residual=None if residual is None else residual[group],
+            semaphores=semaphores,
+            prefetch_weight=True,  # the weights are arguments of the jitted phases: no kernel writes them
+            implementation=implementation,
+            **arguments,
+        )
+        groups.append(outputs)
+    if len(groups) == 1:
+        return *groups[0], semaphores
+    return *(jnp.concatenate(outputs) for outputs in zip(*groups, strict=True)), semaphores
 
 
 def layer_norm(
@@ -186,30 +294,19 @@ def layer_norm(
 
 
 def rotary_tables(
-    positions: Int[Array, "B T"], config: ModelConfig
-) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021), R = rotary_dim / 2, with the heads' axis
-    broadcast."""
+    positions: Int[Array, "*B"], config: ModelConfig
+) -> tuple[Float[Array, "*B R"], Float[Array, "*B R"]]:
+    """Cosines and sines of the rotary embedding (Su et al. 2021), R = rotary_dim / 2."""
     exponents = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
     frequencies = jnp.asarray(10000.0**-exponents, jnp.float32)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rotary(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], rotary: tuple[Array, Array]
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
-    """Rotates the leading ``rotary_dim`` of each head; GPT-J pairs neighbours (2i, 2i + 1), not halves."""
+def for_heads(rotary: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The same angles for all heads of [B, T, N, H]."""
     cos, sin = rotary
-    rotary_dim = 2 * cos.shape[-1]
-    qk = jnp.concatenate([q, k], axis=2)
-    pairs = qk[..., :rotary_dim].astype(jnp.float32).reshape(*qk.shape[:-1], rotary_dim // 2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    rotated = rotated.reshape(*qk.shape[:-1], rotary_dim).astype(qk.dtype)
-    # Once for both: XLA would else rotate q again for every key that it meets.
-    qk = jax.lax.optimization_barrier(jnp.concatenate([rotated, qk[..., rotary_dim:]], axis=-1))
-    return qk[:, :, : q.shape[2]], qk[:, :, q.shape[2] :]
+    return cos[:, :, None], sin[:, :, None]
 
 
 def causal_attention(
@@ -227,78 +324,16 @@ def causal_attention(
     return jnp.concatenate(outputs, axis=1)
 
 
-def decode_attention(
-    q: Float[Array, "B N H"],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, " B"],
-) -> Float[Array, "B N H"]:
-    """One query a row attends to the row's first ``lengths[b]`` keys, at least one; scores and softmax in f32.
-
-    On a CPU a loop goes over the pages that are used; elsewhere all pages of the table are multiplied at once, because
-    there a loop whose end is computed makes the host wait.
-    """
-    return jax.lax.platform_dependent(
-        q, k_pages, v_pages, page_table, lengths, cpu=_attend_page_after_page, default=_attend_all_pages
-    )
-
-
-def _attend_all_pages(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
-    """Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie;
-    putting a row's pages in one piece first would copy and transpose the cache every step."""
-    max_pages = page_table.shape[1]
-    k = kv_cache.gather(k_pages, page_table)
-    v = kv_cache.gather(v_pages, page_table)
-    is_valid = kv_cache.valid_tokens(lengths, max_pages)[:, :, None, :]  # [B, max_pages, 1, page_len]
-    q_by_page = jnp.broadcast_to(q[:, None], (q.shape[0], max_pages, *q.shape[1:]))
-    scores = _product("bmnh,bmnph->bmnp", q_by_page, k) / math.sqrt(q.shape[-1])
-    scores = jnp.where(is_valid, scores, -jnp.inf)
-    probs = jnp.exp(scores - jnp.max(scores, axis=(1, 3), keepdims=True))
-    by_page = _product("bmnp,bmnph->bmnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
-    # Or XLA puts these sums into whatever reads them, one thread an output: 30 times slower at 8 rows on an H100.
-    by_page, total = jax.lax.optimization_barrier((by_page, jnp.sum(probs, axis=(1, 3))))
-    return (jnp.sum(by_page, axis=1) / total[..., None]).astype(q.dtype)
-
-
-def _attend_page_after_page(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
-    """Online softmax (Milakov and Gimelshein 2018): maximum, sum and output so far are rescaled with each page. A page
-    without a valid token for a row leaves that row's as they are, bit for bit."""
-    page_len = k_pages.shape[2]
-
-    def add_page(slot: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        maximum, total, out = so_far
-        pages = page_table[:, slot][:, None]
-        k, v = kv_cache.gather(k_pages, pages)[:, 0], kv_cache.gather(v_pages, pages)[:, 0]
-        is_valid = (slot * page_len + jnp.arange(page_len) < lengths[:, None])[:, None]  # [B, 1, page_len]
-        scores = _product("bnh,bnph->bnp", q, k) / math.sqrt(q.shape[-1])
-        scores = jnp.where(is_valid, scores, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-        rescale, probs = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum[..., None])
-        weighted = _product("bnp,bnph->bnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
-        total = total * rescale + jnp.sum(probs, axis=-1)
-        return new_maximum, total, out * rescale[..., None] + weighted
-
-    num_pages = (jnp.max(lengths) + page_len - 1) // page_len
-    lowest = jnp.full(q.shape[:2], jnp.finfo(jnp.float32).min)  # finite: -inf less -inf is NaN
-    start = (lowest, jnp.zeros(q.shape[:2], jnp.float32), jnp.zeros(q.shape, jnp.float32))
-    _, total, out = jax.lax.fori_loop(0, num_pages, add_page, start)
-    return (out / total[..., None]).astype(q.dtype)
-
-
 def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, precision=_precision(a), preferred_element_type=jnp.float32)
-
-
-def _precision(x: Array) -> jax.lax.Precision | None:
     """In f32 "highest" keeps TF32 out on GPUs; 16 bits are multiplied as they are."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _append(cache: KVCache, layer: int, k: Array, v: Array, positions: Array, is_valid: Array) -> tuple[Array, Array]:
     """A layer's pages of keys and of values with the new tokens in."""
-    k_pages = kv_cache.append(cache.k[layer], k, cache.page_table, positions, is_valid)
-    return k_pages, kv_cache.append(cache.v[layer], v, cache.page_table, positions, is_valid)
+    k_pages = pages.append(cache.k[layer], k, cache.page_table, positions, is_valid)
+    return k_pages, pages.append(cache.v[layer], v, cache.page_table, positions, is_valid)
 
 
 def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths: Array) -> KVCache:
@@ -313,6 +348,26 @@ def _param(
     return nnx.Param(jnp.zeros(shape, config.jax_dtype), logical_axes=logical_axes, init_mean=mean)
 
 
+def _matrix(
+    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, k_axes: tuple[int, ...]
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """A weight matrix and, where it is quantised, its scales: the same rank with 1 along K."""
+    if config.quant == "none":
+        return _param(shape, logical_axes, config), None
+    scale_shape = tuple(1 if axis in k_axes else extent for axis, extent in enumerate(shape))
+    scale_axes = tuple(None if axis in k_axes else name for axis, name in enumerate(logical_axes))
+    return (
+        nnx.Param(jnp.zeros(shape, jnp.int8), logical_axes=logical_axes, init_mean=0.0),
+        nnx.Param(jnp.zeros(scale_shape, jnp.float32), logical_axes=scale_axes, init_mean=0.0),
+    )
+
+
+def _local_weight(weight: nnx.Param, scale: nnx.Param | None) -> Array | QuantizedArray:
+    """A matrix as a device multiplies by it: its own shard, without the shard axis."""
+    values = weight[...].reshape(weight.shape[-2:])
+    return values if scale is None else QuantizedArray(values, scale[...].reshape(scale.shape[-2:]))
+
+
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """What a parameter is: its path in the module, global shape, dtype, logical axes and the mean it is drawn
@@ -321,7 +376,7 @@ class ParamSpec:
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    logical_axes: tuple[str, ...]
+    logical_axes: tuple[str | None, ...]
     init_mean: float
 
 
@@ -345,10 +400,10 @@ class ModelDef:
 
 
 @functools.cache
-def model_def(config: ModelConfig, num_shards: int = 1) -> ModelDef:
+def model_def(config: ModelConfig, num_shards: int = 1, ops: OpsConfig = DEFAULT_OPS) -> ModelDef:
     """The definition of the model for ``num_shards`` tensor shards; one object per argument, so that jit's cache
-    holds."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, num_shards)))
+    holds. The parameters do not depend on ``ops``."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, num_shards, ops)))
     leaves, treedef = jax.tree.flatten(state)
     variables = nnx.to_flat_state(state)
     params = []
@@ -361,14 +416,26 @@ def model_def(config: ModelConfig, num_shards: int = 1) -> ModelDef:
 
 def random_leaves(config: ModelConfig, mesh: Mesh, *, seed: int = 0, std: float = 0.02) -> list[jax.Array]:
     """Random leaves made on the devices: normal with ``std`` (GPT-J's ``initializer_range``) around 1 for LayerNorm's
-    scales and 0 for the rest, so that no bias is zero in a test."""
+    scales and 0 for the rest, so that no bias is zero in a test. Quantised ones are made of those of the same seed."""
     key = jax.random.key(seed)
-    leaves = []
-    for index, param in enumerate(model_def(config, mesh.shape["tensor"]).params):
+    num_shards = mesh.shape["tensor"]
+    specs = {spec.path: spec for spec in model_def(config, num_shards).params}
+    leaves: dict[str, Array] = {}
+    for index, param in enumerate(model_def(dataclasses.replace(config, quant="none"), num_shards).params):
         sharding = named_sharding(mesh, param.logical_axes)
-        draw = _normal(param.shape, param.dtype, param.init_mean, std, sharding)
-        leaves.append(draw(jax.random.fold_in(key, index)))
-    return leaves
+        leaf = _normal(param.shape, param.dtype, param.init_mean, std, sharding)(jax.random.fold_in(key, index))
+        leaves |= quantized_as(specs, param.path, leaf, mesh)
+    return [leaves[path] for path in specs]
+
+
+def quantized_as(specs: Mapping[str, ParamSpec], path: str, leaf: Array, mesh: Mesh) -> dict[str, Array]:
+    """An unquantised leaf as a model with these parameters holds it: by path, quantised where that is so there."""
+    scale = specs.get(path + SCALE_SUFFIX)
+    if scale is None:
+        return {path: leaf}
+    shardings = (named_sharding(mesh, spec.logical_axes) for spec in (specs[path], scale))
+    qvalue, scales = quantize_leaf(leaf, scale.shape, *shardings)
+    return {path: qvalue, scale.path: scales}
 
 
 @functools.cache

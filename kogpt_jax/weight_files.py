@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from kogpt_jax.config import NUMPY_DTYPES, Dtype
+from kogpt_jax.config import NUMPY_DTYPES
 from kogpt_jax.errors import InputError, one_line
 from kogpt_jax.json_files import read_json_object, write_json
 
@@ -37,9 +37,11 @@ _TORCH_BIN = "pytorch_model.bin"
 _INDEX_SUFFIX = ".index.json"
 _SUFFIXES = (".safetensors", ".bin")
 
-# Our dtypes as the files spell them.
-_DTYPE_OF_SAFETENSORS: dict[str, Dtype] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-_DTYPE_OF_TORCH: dict[str, Dtype] = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+# What tensors are stored in: the dtypes of models, and what quantised weights are in.
+STORED_DTYPES = NUMPY_DTYPES | {"int8": np.dtype(np.int8)}
+# Our names as the files spell them.
+_DTYPE_OF_SAFETENSORS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8"}
+_DTYPE_OF_TORCH = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
 class WeightFile(abc.ABC):
@@ -63,13 +65,13 @@ class StoredTensor:
 
     file: WeightFile
     key: str
-    dtype: str  # one of config.DTYPES, or what the file calls a dtype that we do not take
+    dtype: str  # one of STORED_DTYPES, or what the file calls a dtype that we do not take
     shape: tuple[int, ...]
     position: int  # orders the tensors of a file as they lie on the disk
 
     @property
     def row_bytes(self) -> int:
-        return NUMPY_DTYPES[self.dtype].itemsize * math.prod(self.shape[1:])
+        return STORED_DTYPES[self.dtype].itemsize * math.prod(self.shape[1:])
 
 
 class _SafetensorsFile(WeightFile):
@@ -162,6 +164,19 @@ def open_tensors(directory: pathlib.Path, closing: contextlib.ExitStack) -> dict
         if _is_there(index):
             return _open_indexed(index, closing)
     raise InputError(f"no {_SAFETENSORS}, {_TORCH_BIN} or index of either in {directory}")
+
+
+def find_weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Files of a directory that hold or index weights, by name.
+
+    Raises:
+        InputError: the directory does not exist or cannot be read.
+    """
+    try:
+        files = [path for path in sorted(directory.iterdir()) if path.is_file()]
+    except OSError as error:
+        raise InputError(f"model directory {directory} cannot be read: {one_line(error)}") from error
+    return [path for path in files if path.suffix in _SUFFIXES or path.name.endswith(_INDEX_SUFFIX)]
 
 
 def _is_there(path: pathlib.Path) -> bool:
@@ -267,10 +282,10 @@ def read_ahead(blocks: Sequence[Block]) -> Generator[tuple[Block, np.ndarray]]:
 
 def _read_block(block: Block, buffer: np.ndarray) -> np.ndarray:
     stored, rows = block.stored, block.rows
-    values = buffer[: block.num_bytes].view(NUMPY_DTYPES[stored.dtype])
+    values = buffer[: block.num_bytes].view(STORED_DTYPES[stored.dtype])
     values = values.reshape(rows.stop - rows.start, *stored.shape[1:])
     stored.file.read_rows(stored, rows, values)
-    if not _is_finite(values):
+    if stored.dtype != "int8" and not _is_finite(values):
         raise InputError(f"{stored.file.path}: {stored.key} holds values that are NaN or infinite")
     return values
 
@@ -295,7 +310,12 @@ class TensorToWrite:
 
     key: str
     shape: tuple[int, ...]
+    dtype: np.dtype
     fetch: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -324,46 +344,42 @@ def renamed_when_complete(target: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def write_weights(
-    directory: pathlib.Path, dtype: Dtype, tensors: Sequence[TensorToWrite], max_shard_bytes: int
-) -> None:
+def write_weights(directory: pathlib.Path, tensors: Sequence[TensorToWrite], max_shard_bytes: int) -> None:
     """Writes ``model.safetensors``, or shards and their index if one file would take over ``max_shard_bytes``."""
-    itemsize = NUMPY_DTYPES[dtype].itemsize
     shards: list[list[TensorToWrite]] = [[]]
     shard_bytes = total_bytes = 0
     for tensor in tensors:
-        num_bytes = math.prod(tensor.shape) * itemsize
-        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
+        if shards[-1] and shard_bytes + tensor.num_bytes > max_shard_bytes:
             shards.append([])
             shard_bytes = 0
         shards[-1].append(tensor)
-        shard_bytes += num_bytes
-        total_bytes += num_bytes
+        shard_bytes += tensor.num_bytes
+        total_bytes += tensor.num_bytes
     if len(shards) == 1:
-        _write_safetensors(directory / _SAFETENSORS, dtype, shards[0])
+        _write_safetensors(directory / _SAFETENSORS, shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = _SAFETENSORS_SHARD.format(number=number, count=len(shards))
-        _write_safetensors(directory / name, dtype, shard)
+        _write_safetensors(directory / name, shard)
         weight_map.update({tensor.key: name for tensor in shard})
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_json(directory / f"{_SAFETENSORS}{_INDEX_SUFFIX}", index)
 
 
-def _write_safetensors(path: pathlib.Path, dtype: Dtype, tensors: Sequence[TensorToWrite]) -> None:
+def _write_safetensors(path: pathlib.Path, tensors: Sequence[TensorToWrite]) -> None:
     """Writes one file tensor by tensor; the library's own writer wants all of them in memory at once.
 
     The format: the header's length in 8 bytes, little-endian; the header, JSON padded with spaces to a multiple of 8
     bytes; the tensors without gaps (https://huggingface.co/docs/safetensors).
     """
-    numpy_dtype = NUMPY_DTYPES[dtype]
-    spelling = next(name for name, ours in _DTYPE_OF_SAFETENSORS.items() if ours == dtype)
+    spelling = {STORED_DTYPES[ours]: name for name, ours in _DTYPE_OF_SAFETENSORS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     offset = 0
     for tensor in tensors:
-        end = offset + math.prod(tensor.shape) * numpy_dtype.itemsize
-        header[tensor.key] = {"dtype": spelling, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        end = offset + tensor.num_bytes
+        dtype = spelling[tensor.dtype]
+        header[tensor.key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -371,7 +387,7 @@ def _write_safetensors(path: pathlib.Path, dtype: Dtype, tensors: Sequence[Tenso
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             values = np.ascontiguousarray(tensor.fetch())
-            assert (values.shape, values.dtype) == (tensor.shape, numpy_dtype), tensor.key
+            assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype), tensor.key
             file.write(values.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())  # a full disk must show before the rename

@@ -296,7 +296,8 @@ def test_stats_go_to_stderr(checkpoint):
         assert result.exit_code == 0
         assert "tokens/s" not in result.stdout
         lines = dict(line.split(maxsplit=1) for line in result.stderr.splitlines())
-        assert list(lines) == ["load", "first", "decode", "device"]
+        assert list(lines) == ["load", "first", "decode", "device", "ops"]
+        assert lines["ops"].startswith("linear reference (more than 64 rows reference), decode_attention reference")
         rate, unit, *rest = lines["decode"].split()
         assert float(rate) > 0
         assert unit == "tokens/s"
@@ -335,7 +336,8 @@ def test_none_is_as_left_out(checkpoint):
         (["--top-p", "0"], ["top_p", "0"]),
         (["--min-p", "1.5"], ["min_p", "1.5"]),
         (["--seed", "-1"], ["seed", "-1"]),
-        (["--quant", "w8a16"], ["--quant", "w8a16", "leave the option out"]),
+        (["--quant", "w4a16"], ["--quant", "w4a16", "w8a16"]),
+        (["--implementation", "cudnn"], ["--implementation", "cudnn", "reference"]),
         (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "leave the option out"]),
         (["--mesh", "d1p1t2"], ["mesh", "d1p1t2"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
@@ -504,17 +506,28 @@ def test_score_needs_two_tokens(checkpoint, monkeypatch):
 
 def test_info_json(checkpoint, engine):
     (report,) = _records(_output("info", "--model", checkpoint, "--json"))
-    assert set(report) == {"model", "versions", "devices", "settings", "cache_dir"}
+    assert set(report) == {"model", "versions", "devices", "settings", "cache_dir", "quantized_cache"}
     assert set(report["versions"]) == {"kogpt_jax", "jax", "jaxlib", "flax", "numpy", "python"}
     assert report["versions"]["kogpt_jax"] == kogpt_jax.__version__
     assert report["devices"][0]["platform"] == "cpu"
     assert report["settings"] == [setting._asdict() for setting in kogpt_jax.runtime.settings()]
     assert report["cache_dir"] == os.environ["KOGPT_CACHE_DIR"]
+    kept = report["quantized_cache"]
+    assert pathlib.Path(kept["directory"]).parent == pathlib.Path(report["cache_dir"])
+    assert {kept["models"], kept["bytes"]} == {0} or min(kept["models"], kept["bytes"]) > 0
     model = report["model"]
     tensors = safetensors.numpy.load_file(checkpoint / "model.safetensors")
     num_params = sum(tensor.size for tensor in tensors.values())
     assert model["num_params"] == num_params
-    assert model["weight_bytes"] == {"fp32": 4 * num_params, "fp16": 2 * num_params, "bf16": 2 * num_params}
+    matrices = {key: tensor for key, tensor in tensors.items() if tensor.ndim == 2 and "wte" not in key}
+    num_int8, num_scales = sum(tensor.size for tensor in matrices.values()), sum(map(len, matrices.values()))
+    num_scales -= len(tensors["transformer.ln_f.weight"])  # attention's and the FFN's outputs share theirs
+    assert model["weight_bytes"] == {
+        "fp32": 4 * num_params,
+        "fp16": 2 * num_params,
+        "bf16": 2 * num_params,
+        "w8a16": num_int8 + 4 * num_scales + 2 * (num_params - num_int8),
+    }
     # Keys and values of 32 numbers a token in the only layer.
     assert model["kv_cache_bytes_per_row"] == {"fp32": 256 * _MAX_LEN, "fp16": 128 * _MAX_LEN, "bf16": 128 * _MAX_LEN}
     assert model["config"] == json.loads(json.dumps(dataclasses.asdict(engine.config)))

@@ -14,6 +14,7 @@ import pytest
 import small_model
 from small_model import CONFIG, greedy, prompt
 
+from custom_ops import make_semaphores
 from kogpt_jax import KoGPT, SamplingParams, decoding, kv_cache
 from kogpt_jax.decoding import NO_TOKEN, DecodeState
 from kogpt_jax.engine import STEPS_PER_CHUNK
@@ -64,7 +65,9 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     if phase == "prefill":
         args = (cache, np.zeros((BATCH, 16), np.int32), ones, ones, ignore_eos, rows)
     else:
-        args = (DecodeState(cache, jnp.asarray(ones), jnp.asarray(ones), jnp.asarray(ignore_eos), rows),)
+        args = (
+            DecodeState(cache, jnp.asarray(ones), jnp.asarray(ones), jnp.asarray(ignore_eos), rows, make_semaphores()),
+        )
         static["num_steps"] = STEPS_PER_CHUNK
     function: Any = getattr(decoding, phase)
     keeping = jax.jit(function.__wrapped__, static_argnames=tuple(static))

@@ -346,7 +346,8 @@ def test_texts_are_refused_by_name(texts_engine):
 
 def test_bad_arguments_of_loading_are_refused_by_name(directory):
     refused: list[dict[str, Any]] = [
-        {"quant": "w8a16"},
+        {"quant": "w4"},
+        {"implementation": "cudnn"},
         {"kv_dtype": "int8"},
         {"mesh": "d1p1t2"},
         {"mesh": "big"},

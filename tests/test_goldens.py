@@ -12,7 +12,7 @@ import tolerances
 from golden_cases import CASES, GOLDENS, NEW_TOKENS, GoldenCase
 
 from kogpt_jax import Completion, KoGPT, SamplingParams
-from kogpt_jax.config import Dtype, ModelConfig
+from kogpt_jax.config import Dtype, ModelConfig, Quant
 from kogpt_jax.errors import InputError
 
 MANIFEST = json.loads((GOLDENS / "manifest.json").read_text(encoding="utf-8"))
@@ -126,6 +126,7 @@ class Perturbation:
     effect: Literal["refused", "logits", "text"]
     hf_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Dtype = "fp32"
+    quant: Quant = "none"
 
 
 # Per field of ModelConfig. PERTURBED_CASE has 2 layers of 2 heads of 24, all of it rotary, and an FFN of 4 x 48.
@@ -140,6 +141,7 @@ PERTURBATIONS = {
     "layer_norm_epsilon": [Perturbation("logits", {"layer_norm_epsilon": 1e-6})],
     "eos_token_ids": [Perturbation("text", {"eos_token_id": None})],
     "dtype": [Perturbation("logits", dtype="bf16"), Perturbation("logits", dtype="fp16")],
+    "quant": [Perturbation("logits", quant="w8a16")],
 }
 
 
@@ -169,7 +171,7 @@ def test_every_config_field_matters(field: str, unperturbed: KoGPT, tmp_path: pa
             with pytest.raises(InputError):
                 KoGPT.from_pretrained(directory, dtype=perturbation.dtype)
             continue
-        engine = KoGPT.from_pretrained(directory, dtype=perturbation.dtype)
+        engine = KoGPT.from_pretrained(directory, dtype=perturbation.dtype, quant=perturbation.quant)
         changed = [
             name.name
             for name in dataclasses.fields(ModelConfig)

@@ -10,13 +10,16 @@ import small_model
 import tolerances
 from small_model import CONFIG, greedy, prompt
 
+from custom_ops.pages import append as append_tokens
+from custom_ops.pages import gather as gather_pages
+from custom_ops.pages import valid_tokens
 from kogpt_jax import KoGPT, decoding, kv_cache
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.kv_cache import PAGE_LEN, KVCache
 from kogpt_jax.sharding import make_mesh
 
-append = jax.jit(kv_cache.append)
-gather = jax.jit(kv_cache.gather)
+append = jax.jit(append_tokens)
+gather = jax.jit(gather_pages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ def test_gather_reads_a_rows_pages_in_order(case):
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 127, 128, 129, 192])
 def test_valid_tokens_are_those_before_the_length(length):
     lengths = jnp.asarray([length, 192 - length], jnp.int32)
-    is_valid = np.asarray(kv_cache.valid_tokens(lengths, 3)).reshape(2, 192)
+    is_valid = np.asarray(valid_tokens(lengths, 3, PAGE_LEN)).reshape(2, 192)
     np.testing.assert_array_equal(is_valid[0], np.arange(192) < length)
     np.testing.assert_array_equal(is_valid[1], np.arange(192) < 192 - length)
 

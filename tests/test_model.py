@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tolerances
 
-from kogpt_jax import model
+from custom_ops.decode_attention import _attend_all_pages, _attend_page_after_page
 from kogpt_jax.kv_cache import PAGE_LEN
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -15,7 +15,7 @@ NUM_HEADS, HEAD_DIM, MAX_PAGES = 3, 24, 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("attend", [model._attend_all_pages, model._attend_page_after_page], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("attend", [_attend_all_pages, _attend_page_after_page], ids=lambda f: f.__name__)
 def test_both_ways_of_decode_attention(attend, dtype):
     """Each platform runs one of the two; both give softmax(q k / sqrt(H)) v over the valid keys and nothing else."""
     rng = np.random.default_rng(0)
@@ -51,6 +51,6 @@ def test_a_row_is_the_same_bits_beside_a_longer_one():
     k_pages, v_pages = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.normal(size=(2, NUM_HEADS, HEAD_DIM)), jnp.float32)
     page_table = jnp.arange(2 * MAX_PAGES).reshape(2, MAX_PAGES)
-    attend = jax.jit(model._attend_page_after_page)
+    attend = jax.jit(_attend_page_after_page)
     beside_short, beside_long = (attend(q, k_pages, v_pages, page_table, jnp.asarray([70, n])) for n in (1, 190))
     np.testing.assert_array_equal(beside_short[0], beside_long[0])

@@ -22,11 +22,12 @@ import typer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt16
 
+from custom_ops.rotary import apply_rotary
 from kogpt_jax import runtime
 from kogpt_jax.config import DEMO, Dtype, ModelConfig
 from kogpt_jax.demo import DIRECTORY, data, export
 from kogpt_jax.errors import InputError
-from kogpt_jax.model import ModelDef, apply_rotary, layer_norm, linear, model_def, rotary_tables
+from kogpt_jax.model import ModelDef, dense, for_heads, layer_norm, model_def, rotary_tables
 from kogpt_jax.sharding import make_mesh
 
 _SCALAR: Any = PartitionSpec()
@@ -141,7 +142,7 @@ def loss(
     """Mean cross entropy (nats) of each row's tokens after the first; runs inside `jax.shard_map`."""
     model = definition.merge([leaf.astype(definition.config.jax_dtype) for leaf in leaves])
     tokens, targets = rows[:, :-1], rows[:, 1:]
-    rotary = rotary_tables(jnp.arange(tokens.shape[1])[None], definition.config)
+    rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], definition.config))
     is_visible = visible(tokens, modes)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -156,7 +157,7 @@ def loss(
 
     # As products with one-hot rows: summing gradients into rows of the table is slow on GPUs and in no fixed order.
     one_hot = functools.partial(jax.nn.one_hot, num_classes=definition.config.vocab_size)
-    x = linear(one_hot(tokens, dtype=definition.config.jax_dtype), model.embed.embedding[...].T, jnp.float32)
+    x = dense(one_hot(tokens, dtype=definition.config.jax_dtype), model.embed.embedding[...].T, jnp.float32)
     x = dropout(x, 0)
     for layer, block in enumerate(model.blocks, start=1):
         y, _ = block(x, attend)

@@ -1,0 +1,71 @@
+"""Which implementation runs each op: resolved once, when an engine is built, and printed. Nothing falls back later."""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from custom_ops import decode_attention_ffi_problem, linear_ffi_problem
+from custom_ops.linear import MAX_ROWS
+from kogpt_jax.config import Implementation, ModelConfig, OpsConfig
+from kogpt_jax.errors import InputError
+from kogpt_jax.kv_cache import PAGE_LEN
+
+Choice = Literal["auto", "ffi", "reference"]
+CHOICES: tuple[str, ...] = get_args(Choice)
+
+
+def check_choice(choice: str) -> None:
+    """Raises `InputError` unless it is one of ``CHOICES``."""
+    if choice not in CHOICES:
+        raise InputError(f"implementation must be one of {', '.join(CHOICES)}, got {choice!r}")
+
+
+def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shards: int = 1) -> OpsConfig:
+    """The implementation of each op for a model on a platform ("cpu" or "gpu").
+
+    "auto" takes, op by op, the project's kernel where this machine has one that fits the model and that is the faster:
+    on a GPU always; on a CPU for INT8 weights, since XLA multiplies f32 well and would convert INT8 to f32 first.
+    Beyond the 64 rows of a call "auto" gives 16-bit weights to XLA, which reads them once for all rows, and takes INT8
+    ones in groups of 64 rows: XLA would write and read them in 16 bits, which is more than a few groups read. "ffi"
+    takes groups for both, so that a row has the same bits in a batch of any size.
+
+    Raises:
+        InputError: an unknown choice, or "ffi" where it cannot work, with the reason.
+    """
+    check_choice(choice)
+    if choice == "reference":
+        return OpsConfig()
+    is_quantized = config.quant != "none"
+    if choice == "auto" and platform == "cpu" and not is_quantized:
+        return OpsConfig()
+    problems = {
+        "linear": linear_ffi_problem(
+            platform=platform,
+            dtype=config.jax_dtype,
+            weight_dtype=np.dtype(np.int8) if is_quantized else config.jax_dtype,
+            k_dims=(config.model_dim, (config.model_dim + config.ffn_dim) // num_shards),
+        ),
+        "decode_attention": decode_attention_ffi_problem(
+            platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
+        ),
+    }
+    if choice == "ffi":
+        for op, problem in problems.items():
+            if problem is not None:
+                raise InputError(f"implementation 'ffi' cannot be used for {op}: {problem}")
+        return OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi")
+
+    best: dict[str, Implementation] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
+    return OpsConfig(
+        linear=best["linear"],
+        linear_many_rows=best["linear"] if is_quantized else "reference",
+        decode_attention=best["decode_attention"],
+    )
+
+
+def describe(ops: OpsConfig) -> str:
+    """What runs, in one line."""
+    return (
+        f"linear {ops.linear} (more than {MAX_ROWS} rows {ops.linear_many_rows}), "
+        f"decode_attention {ops.decode_attention}, prefill and scoring reference"
+    )

@@ -1,0 +1,111 @@
+"""Quantised weights that are kept on this machine: made from a checkpoint once, then loaded like any other.
+
+An entry is a folder of ``cache_dir() / "quantized"`` in Hugging Face's layout, so that it serves any mesh: INT8
+matrices with their scales, the rest in the model's dtype, and a ``config.json`` whose ``quantization_config`` says what
+it was made of. Its name holds a digest of that, so another source, dtype, scheme or format is another entry. An entry
+is written beside its place and renamed: it is whole or not there, and of two processes that make the same one the first
+wins. Entries are for this machine only: what is derived from weights has the weights' licence.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kogpt_jax import checkpoint, runtime
+from kogpt_jax.config import ModelConfig
+from kogpt_jax.errors import InputError
+from kogpt_jax.json_files import read_json_object, write_json
+from kogpt_jax.weight_files import find_weight_files, renamed_when_complete
+
+# Of what `checkpoint.write_leaves` writes and how `quantize` rounds: another number makes every entry anew.
+FORMAT_VERSION = 1
+
+# Unfinished folders of this age were left by a process that was killed.
+_STALE_S = 24 * 3600
+
+_logger = logging.getLogger("kogpt_jax")
+
+
+def directory() -> pathlib.Path:
+    """Where entries lie. It may not exist yet."""
+    return runtime.cache_dir() / "quantized"
+
+
+def load_leaves(source: pathlib.Path, config: ModelConfig, mesh: Mesh, *, progress: bool = False) -> list[jax.Array]:
+    """The leaves of a quantised model: from the cache, else quantised from ``source`` and kept.
+
+    An entry that cannot be read is made anew; where it cannot be written, one warning says so and the model is used as
+    it is.
+
+    Raises:
+        InputError: what `checkpoint.load_leaves` refuses of ``source``.
+    """
+    record = _record(source, config)
+    entry = _entry(source, record)
+    if _is_complete(entry, record):
+        try:
+            return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
+        except InputError as error:
+            _logger.warning("quantised weights are made anew: %s", error)
+    leaves = checkpoint.load_leaves(source, config, mesh, progress=progress)
+    try:
+        _discard(entry)
+        with renamed_when_complete(entry) as temporary:
+            checkpoint.write_leaves(temporary, config, leaves, mesh.shape["tensor"])
+            write_json(temporary / "config.json", config.to_hf_dict() | {"quantization_config": record})
+    except InputError as error:
+        if not _is_complete(entry, record):  # or another process was first
+            _logger.warning("quantised weights are not kept: %s", error)
+    return leaves
+
+
+def size() -> tuple[int, int]:
+    """How many entries there are and their bytes."""
+    entries = [path for path in directory().glob("[!.]*") if path.is_dir()]
+    return len(entries), sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+
+
+def _record(source: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
+    """All that an entry's content depends on, as JSON has it."""
+    source = source.resolve()
+    files = [(path, path.stat()) for path in find_weight_files(source)]
+    return {
+        "quant_method": "kogpt_jax",
+        "scheme": config.quant,
+        "dtype": config.dtype,
+        "format_version": FORMAT_VERSION,
+        # The path too: files of two models may have one size, and archives that set every time to the same are common.
+        "source": str(source),
+        "files": {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in files},
+    }
+
+
+def _entry(source: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    name = source.resolve().name[:40]
+    return directory() / f"{name}-{record['scheme']}-{record['dtype']}-{digest[:16]}"
+
+
+def _is_complete(entry: pathlib.Path, record: dict[str, Any]) -> bool:
+    """Whether there is an entry that was made of this; whether its weights can be read is seen when they are."""
+    try:
+        return read_json_object(entry / "config.json").get("quantization_config") == record
+    except InputError:
+        return False
+
+
+def _discard(entry: pathlib.Path) -> None:
+    """Removes what lies in an entry's place, and what killed processes left of their work on it."""
+    shutil.rmtree(entry, ignore_errors=True)
+    for unfinished in entry.parent.glob(f".{entry.name}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - unfinished.stat().st_mtime > _STALE_S:
+                shutil.rmtree(unfinished, ignore_errors=True)
