@@ -21,7 +21,7 @@ _KEYS_PER_SPLIT = 64
 
 
 def decode_attention(
-    qkv: Float[Array, "B 3*N*H"],
+    qkv: Float[Array, "B qkv_dim"],
     rotary: tuple[Float32[Array, "B R"], Float32[Array, "B R"]],
     k_pages: Float[Array, "pages N page_len H"],
     v_pages: Float[Array, "pages N page_len H"],
@@ -78,7 +78,7 @@ def decode_attention(
 
 
 def decode_attention_reference(
-    qkv: Float[Array, "B 3*N*H"],
+    qkv: Float[Array, "B qkv_dim"],
     rotary: tuple[Array, Array],
     k_pages: Float[Array, "pages N page_len H"],
     v_pages: Float[Array, "pages N page_len H"],
@@ -106,7 +106,7 @@ def decode_attention_reference(
 
 
 def decode_attention_ffi(
-    qkv: Float[Array, "B 3*N*H"],
+    qkv: Float[Array, "B qkv_dim"],
     rotary: tuple[Array, Array],
     k_pages: Float[Array, "pages N page_len H"],
     v_pages: Float[Array, "pages N page_len H"],
