@@ -10,25 +10,44 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 ENVIRONMENT := sh scripts/environment.sh
+BUILD_OPS := sh scripts/build_ops.sh
+CPP_FILES := $(wildcard $(addprefix custom_ops/csrc/*.,h cc cu cuh inc))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck oracle test-gpu test-multigpu lock clean
+.PHONY: help demo ops ops-cuda test lint format typecheck oracle test-gpu test-multigpu lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 demo: ## install, and stream Korean text from the shipped model on whatever device there is
 	@$(ENVIRONMENT) $(VENV) runtime cuda
+	@$(BUILD_OPS) $(VENV) host
+	@$(BUILD_OPS) $(VENV) gpu
 	$(BIN)/kogpt generate --model demo --prompt "$(PROMPT)" $(SAMPLING) --echo --stream --stats
 
-test: ## install, and run the tests (CPU; no PyTorch, no compiler)
+ops: ## build the library of the ops for CPUs into custom_ops/, given a C++ compiler
+	@$(ENVIRONMENT) $(VENV) runtime
+	@$(BUILD_OPS) $(VENV) host
+
+ops-cuda: ## build the library of the ops for NVIDIA GPUs into custom_ops/, with the system's nvcc or PyPI's
+	@$(ENVIRONMENT) $(VENV) runtime
+	@$(BUILD_OPS) $(VENV) cuda
+
+test: ## install, and run the tests (CPU; no PyTorch; with a C++ compiler those of the compiled ops too)
 	@$(ENVIRONMENT) $(VENV) dev
+	@$(BUILD_OPS) $(VENV) host
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: ## check style and format
 	@$(ENVIRONMENT) $(VENV) dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: ## format the sources
+	@$(ENVIRONMENT) $(VENV) dev
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 typecheck: ## check types
 	@$(ENVIRONMENT) $(VENV) dev
@@ -40,15 +59,17 @@ oracle: ## compare live against Hugging Face transformers (Python 3.11, PyTorch;
 
 test-gpu: ## run the tests that need one NVIDIA GPU
 	@$(ENVIRONMENT) $(VENV) test cuda
+	@$(BUILD_OPS) $(VENV) cuda
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-multigpu: ## run the tests that need several NVIDIA GPUs
 	@$(ENVIRONMENT) $(VENV) test cuda
+	@$(BUILD_OPS) $(VENV) cuda
 	$(BIN)/python -m pytest -m multigpu $(ARGS)
 
 lock: ## write constraints/ anew for the interpreter PYTHON
 	@sh scripts/lock.sh
 
 clean: ## remove the environments and what tools left behind
-	rm -rf $(VENV) $(VENV)-oracle build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oracle build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis custom_ops/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -79,7 +79,7 @@ def _load(platform: str) -> LibraryInfo:
                 capsule = jax.ffi.pycapsule(handler)
                 jax.ffi.register_ffi_target(target, capsule, platform=xla_platform, api_version=1)
         return info
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
         return LibraryInfo(name, str(path), problem=f"it cannot be loaded: {error}")
 
 
@@ -106,9 +106,42 @@ def ffi_version_problem(library: tuple[int, int], jaxlib_version: tuple[int, int
     if library[0] == jaxlib_version[0] and library[1] <= jaxlib_version[1]:
         return None
     return (
-        f"it was compiled against version {_dotted(library)} of XLA's FFI, and jaxlib {importlib.metadata.version('jaxlib')} has "
-        f"{_dotted(jaxlib_version)}: install kogpt-jax anew, or a jaxlib that fits"
+        f"it was compiled against version {_dotted(library)} of XLA's FFI, and jaxlib "
+        f"{importlib.metadata.version('jaxlib')} has {_dotted(jaxlib_version)}: build it anew, or take a newer jaxlib"
     )
+
+
+def cuda_problem(
+    driver_version: int, runtime_version: int, compute_capability: int, architectures: tuple[str, ...]
+) -> str | None:
+    """Why a CUDA library cannot run on this machine. None: it can.
+
+    Args:
+        driver_version: the newest CUDA that the driver knows, as ``CUDART_VERSION`` has it; 0: no driver.
+        runtime_version: CUDA of the library, likewise.
+        compute_capability: the lowest of the GPUs, 90 for 9.0; 0: no GPU.
+        architectures: as `LibraryInfo` has them.
+    """
+    if driver_version == 0 or compute_capability == 0:
+        return "this machine has no NVIDIA GPU, or no driver for it"
+    if driver_version // 1000 < runtime_version // 1000:
+        return (
+            f"it needs a driver for CUDA {runtime_version // 1000}, and this machine's knows {driver_version // 1000}"
+        )
+    if not any(_runs(architecture, compute_capability) for architecture in architectures):
+        return (
+            f"it is compiled for {', '.join(architectures)}, and a GPU of this machine has compute capability "
+            f"{compute_capability // 10}.{compute_capability % 10}"
+        )
+    return None
+
+
+def _runs(architecture: str, compute_capability: int) -> bool:
+    kind, _, number = architecture.partition("_")
+    if not number.isdigit():  # such as 90a: for this one capability
+        return number.rstrip("af") == str(compute_capability)
+    is_same_major = int(number) // 10 == compute_capability // 10
+    return int(number) <= compute_capability and (kind == "compute" or is_same_major)
 
 
 def _find(file_name: str) -> pathlib.Path | None:
@@ -124,7 +157,12 @@ def _read_info(name: str, path: pathlib.Path, library: ctypes.CDLL) -> LibraryIn
     library.KogptOpsFfiVersion(ctypes.byref(major), ctypes.byref(minor))
     version = (major.value, minor.value)
     problem = ffi_version_problem(version, jaxlib_ffi_version())
-    architectures = tuple(map(_architecture_name, _strings(library, "KogptOpsCudaArchitectures")))
+    cmake_names = _strings(library, "KogptOpsCudaArchitectures")
+    architectures = tuple(name for cmake_name in cmake_names for name in _architecture_names(cmake_name))
+    if name == "cuda" and problem is None:
+        driver, runtime, capability = ctypes.c_int32(), ctypes.c_int32(), ctypes.c_int32()
+        library.KogptOpsCudaMachine(ctypes.byref(driver), ctypes.byref(runtime), ctypes.byref(capability))
+        problem = cuda_problem(driver.value, runtime.value, capability.value, architectures)
     return LibraryInfo(name, str(path), version, architectures, _strings(library, "KogptOpsCompilers"), problem)
 
 
@@ -134,11 +172,11 @@ def _strings(library: ctypes.CDLL, function_name: str) -> tuple[str, ...]:
     return tuple(filter(None, function().decode().split(",")))
 
 
-def _architecture_name(cmake_name: str) -> str:
-    """ "90a-real" of CMake is code for sm_90a, "80-virtual" PTX for compute_80, "80" both."""
+def _architecture_names(cmake_name: str) -> tuple[str, ...]:
+    """In CMake "90a-real" is code for sm_90a, "80-virtual" PTX for compute_80, "80" both."""
     number, _, kind = cmake_name.partition("-")
     names = {"real": f"sm_{number}", "virtual": f"compute_{number}"}
-    return names.get(kind) or f"{names['real']}, {names['virtual']}"
+    return (names[kind],) if kind else tuple(names.values())
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -110,6 +110,8 @@ for extra; do
         continue
     fi
     echo "environment: installing $what into $folder"
-    "$folder/bin/python" -m pip install --quiet --constraint "$constraints" --constraint "$pins" --editable "$what"
+    # Without the compiled libraries, which scripts/build_ops.sh keeps up to date in the source tree.
+    "$folder/bin/python" -m pip install --quiet --constraint "$constraints" --constraint "$pins" \
+        --config-settings wheel.cmake=false --editable "$what"
     echo "$key" >"$stamp"
 done

@@ -16,6 +16,8 @@ freeze() {
     $pip freeze --exclude kogpt-jax | sed 's/+.*//'
 }
 
+# Which libraries are compiled changes no version.
+export KOGPT_HOST=OFF KOGPT_CUDA=OFF
 $pip install --quiet ".[dev]"
 {
     echo "# Python $minor: everything that runtime, tests, linter and type checker need. Made by make lock PYTHON=python$minor."

@@ -11,8 +11,17 @@ import hypothesis
 import jaxtyping
 import pytest
 
-# Shapes, dtypes and types of every signature are checked, in tests only. Before the package's first import.
-jaxtyping.install_import_hook("kogpt_jax", "typechecking.check")
+# Shapes, dtypes and types of every signature are checked, in tests only. Before the package's first import. The ops
+# themselves (custom_ops.linear and others) are not among them: they check their own arguments, and tests see how.
+_CHECKED = [
+    "custom_ops._library",
+    "custom_ops.pages",
+    "custom_ops.quantization",
+    "custom_ops.rotary",
+    "custom_ops.semaphores",
+    "kogpt_jax",
+]
+jaxtyping.install_import_hook(_CHECKED, "typechecking.check")
 
 # Compiling inside an example is slow the first time, and the same examples in every run keep CI reproducible.
 hypothesis.settings.register_profile("kogpt", deadline=None, derandomize=True, print_blob=True)
@@ -20,6 +29,7 @@ hypothesis.settings.load_profile("kogpt")
 
 _MUST_RUN = ("gpu", "multigpu", "oracle")
 _cache_folder = pytest.StashKey[pathlib.Path]()
+_left_out = pytest.StashKey[str]()
 
 
 def _selects(config: pytest.Config, marker: str) -> bool:
@@ -45,6 +55,29 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _cache_folder in config.stash:
         shutil.rmtree(config.stash[_cache_folder], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests of the Host library where there is none (no compiler), unless ``-m`` asks for them."""
+    of_host = [item for item in items if item.get_closest_marker("host") and not _needs_gpu(item)]
+    if not of_host or _selects(config, "host"):
+        return
+    from custom_ops import library_info
+
+    problem = next(library.problem for library in library_info() if library.name == "host")
+    if problem is not None:
+        items[:] = [item for item in items if item not in of_host]
+        config.hook.pytest_deselected(items=of_host)
+        config.stash[_left_out] = f"{len(of_host)} tests of the Host library are left out: {problem}"
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str:
+    return config.stash.get(_left_out, "")
+
+
+def _needs_gpu(item: pytest.Item) -> bool:
+    """Marked for a GPU as well: such a test takes the CUDA library."""
+    return any(map(item.get_closest_marker, ("gpu", "multigpu")))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

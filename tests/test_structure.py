@@ -8,10 +8,13 @@ import sys
 
 import pytest
 
+import custom_ops
 import kogpt_jax
 
 PACKAGE = pathlib.Path(kogpt_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+OPS_PACKAGE = pathlib.Path(custom_ops.__file__).parent
+OPS_FILES = sorted(OPS_PACKAGE.rglob("*.py"))
 
 # A module imports only what stands above it. A module that is not listed has no place yet: give it one.
 ORDER = (
@@ -84,6 +87,21 @@ def test_imports_point_upwards(path):
     assert layout_problems(module_name(path), path.read_text(encoding="utf-8")) == []
 
 
+def test_custom_ops_stand_alone():
+    sources = {path.name: path.read_text(encoding="utf-8") for path in OPS_FILES}
+    assert {name for name, source in sources.items() if imported_modules(source, name)} == set()
+
+
+def test_environment_variables_are_read_in_one_place():
+    holders = [path for path in FILES + OPS_FILES if re.search(r"\bos\.(environ|getenv)", path.read_text("utf-8"))]
+    assert holders == [PACKAGE / "runtime.py"]
+
+
+def test_xla_headers_stand_in_the_bindings_only():
+    sources = [path for path in (OPS_PACKAGE / "csrc").iterdir() if '#include "xla/' in path.read_text("utf-8")]
+    assert {path.name for path in sources} <= {"ffi_helpers.h", "library.cc"}
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -111,7 +129,7 @@ def test_hugging_face_weight_names_stand_in_the_checkpoint_table_only():
     "word", [r"jax\.experimental", r"\bpjit\b", r"jax\._src", r"\bnnx\.jit\b", "custom_partitioning"]
 )
 def test_nothing_deprecated_or_private_of_jax(word):
-    assert [str(path) for path in FILES if re.search(word, path.read_text(encoding="utf-8"))] == []
+    assert [str(path) for path in FILES + OPS_FILES if re.search(word, path.read_text(encoding="utf-8"))] == []
 
 
 def test_jit_and_shard_map_surround_the_forward_in_decoding_only():

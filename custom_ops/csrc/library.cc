@@ -1,0 +1,19 @@
+// What a library tells of itself. custom_ops/_library.py asks before it registers anything.
+#include <cstdint>
+
+#include "ffi_helpers.h"
+#include "xla/ffi/api/c_api.h"
+
+// The version of XLA's FFI that the library was compiled against. Registering a handler of a newer
+// version than the running jaxlib's ends JAX's backend, so the caller compares first.
+extern "C" KOGPT_EXPORT void KogptOpsFfiVersion(int32_t* major, int32_t* minor) {
+  *major = XLA_FFI_API_MAJOR;
+  *minor = XLA_FFI_API_MINOR;
+}
+
+// As CMake names them, with commas: code for "90a-real", PTX for "80-virtual". Empty in the Host
+// library.
+extern "C" KOGPT_EXPORT const char* KogptOpsCudaArchitectures() { return KOGPT_CUDA_ARCHITECTURES; }
+
+// Name and version, with commas if there are several.
+extern "C" KOGPT_EXPORT const char* KogptOpsCompilers() { return KOGPT_COMPILERS; }

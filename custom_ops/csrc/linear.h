@@ -1,0 +1,69 @@
+// Decode-sized products: y = act(LayerNorm(x) W^T * scale + bias) + residual for 1 to 64 rows.
+//
+// Raw pointers and a stream, or a loop over threads: no header of XLA or of another framework here.
+#ifndef CUSTOM_OPS_LINEAR_H_
+#define CUSTOM_OPS_LINEAR_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "op_common.h"
+
+namespace kogpt {
+
+inline constexpr int kLinearMaxRows = 64;
+
+// A null pointer stands for an operand that is absent.
+//
+//   h   = LayerNorm(x) if ln_scale, else x;  times k_multiplier along k if there;  rounded to `dtype`
+//   z_m = weight_scale_m * sum_k h_k weight_mk + bias_m
+//   outputs [0, gelu_from)             y   = z + residual
+//   outputs [gelu_from, num_outputs)   act = GELU(z), tanh form, in the last num_outputs - gelu_from columns
+struct LinearParams {
+  int64_t rows;         // 1 to kLinearMaxRows
+  int64_t num_outputs;  // M
+  int64_t k_dim;        // K: a multiple of 8, of 16 with an INT8 weight
+  int64_t gelu_from;    // num_outputs: no GELU
+  int64_t act_dim;      // row length of `act`, at least num_outputs - gelu_from
+  DataType dtype;       // activations, bias, LayerNorm's scale and bias
+  DataType weight_dtype;  // dtype or kInt8
+  DataType x_dtype;       // dtype, or kFloat32 with LayerNorm
+  DataType y_dtype;       // dtype or kFloat32
+  float epsilon;
+
+  const void* x;              // [rows, k_dim] x_dtype
+  const void* weight;         // [num_outputs, k_dim] weight_dtype
+  const float* weight_scale;  // [num_outputs], INT8 only
+  const void* bias;           // [num_outputs] dtype; with GELU: [num_outputs - gelu_from], of those outputs alone
+  const void* ln_scale;       // [k_dim] dtype
+  const void* ln_bias;        // [k_dim] dtype
+  const float* k_multiplier;  // [k_dim]
+  const float* residual;      // [rows, gelu_from]
+
+  void* y;    // [rows, gelu_from] y_dtype; null when gelu_from is 0
+  void* act;  // [rows, act_dim] dtype; columns before the last num_outputs - gelu_from stay as they are
+
+  // Scratch. h: [rows, k_dim] dtype, needed with LayerNorm or k_multiplier. partials: LinearPartialsBytes.
+  void* h;
+  float* partials;
+  int64_t partials_bytes;
+  int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA only
+
+  bool prefetch_weight;  // the weight may be read before the kernels ahead in the stream have finished
+};
+
+// Returns null, or what is wrong with the parameters.
+const char* CheckLinear(const LinearParams& params);
+
+// Scratch bytes of `partials` that serve any device, for the CUDA kernel.
+int64_t LinearPartialsBytes(int64_t rows);
+
+// CUDA: enqueues on `stream` (a cudaStream_t). Returns null, or a message of static lifetime.
+const char* LaunchLinear(const LinearParams& params, void* stream);
+
+// Host: runs on the threads that `parallel_for` brings.
+void LinearCpu(const LinearParams& params, const ParallelFor& parallel_for);
+
+}  // namespace kogpt
+
+#endif  // CUSTOM_OPS_LINEAR_H_

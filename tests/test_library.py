@@ -1,0 +1,378 @@
+"""The compiled libraries: which are found, which fit, and what misuse that only C++ can see comes to."""
+
+import ctypes
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import custom_ops
+from custom_ops import _library
+
+# -- Does it fit? -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "jaxlib_version", "fits"),
+    [
+        ((0, 3), (0, 3), True),
+        ((0, 3), (0, 5), True),
+        ((0, 4), (0, 3), False),
+        ((0, 3), (1, 3), False),
+        ((1, 0), (0, 9), False),
+        ((0, 3), None, False),
+    ],
+)
+def test_ffi_version_problem(library, jaxlib_version, fits):
+    assert (_library.ffi_version_problem(library, jaxlib_version) is None) == fits
+
+
+def test_the_running_jaxlib_tells_its_ffi_version():
+    version = _library.jaxlib_ffi_version()
+    assert version is not None
+    major, minor = version
+    assert major == 0
+    assert minor >= 3  # jaxlib 0.10.2, the oldest that is supported
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "capability", "part"),
+    [
+        (13000, 13000, 90, None),
+        (13010, 13000, 80, None),
+        (12080, 12040, 80, None),
+        (13000, 13000, 86, None),  # code for 8.0 runs on 8.6
+        (13000, 13000, 100, None),  # from PTX
+        (0, 13000, 0, "no driver"),
+        (13000, 13000, 0, "no NVIDIA GPU"),
+        (12080, 13000, 90, "driver for CUDA 13"),
+        (13000, 13000, 75, "capability 7.5"),
+    ],
+)
+def test_cuda_problem(driver, runtime, capability, part):
+    problem = _library.cuda_problem(driver, runtime, capability, ("sm_90a", "sm_80", "compute_80"))
+    assert (problem is None) if part is None else (part in str(problem))
+
+
+@pytest.mark.parametrize(("capability", "fits"), [(80, False), (90, True), (100, False)])
+def test_code_of_one_architecture_runs_on_that_alone(capability, fits):
+    assert (_library.cuda_problem(13000, 13000, capability, ("sm_90a",)) is None) == fits
+
+
+def test_architecture_names():
+    names = [_library._architecture_names(name) for name in ("90a-real", "80-virtual", "75")]
+    assert names == [("sm_90a",), ("compute_80",), ("sm_75", "compute_75")]
+
+
+# -- Loading ----------------------------------------------------------------------------------------------------------
+
+
+class FakeLibrary(ctypes.CDLL):
+    """Answers as a compiled library does, built against version 0.9 of the FFI; without any op."""
+
+    def __init__(self, path):
+        self.KogptOpsCudaArchitectures = lambda: b""
+        self.KogptOpsCompilers = lambda: b"GNU 1.2"
+
+    def KogptOpsFfiVersion(self, major, minor):
+        major._obj.value, minor._obj.value = 0, 9
+
+    def __getattr__(self, name):
+        raise AttributeError(name)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The only folder in which libraries are looked for."""
+    monkeypatch.setattr(custom_ops, "__path__", [str(tmp_path)])
+    return tmp_path
+
+
+def load_anew(platform):
+    return _library._load.__wrapped__(platform)
+
+
+def test_a_library_for_a_newer_ffi_is_refused_before_it_is_registered(folder, monkeypatch):
+    (folder / "libkogpt_ops_host.so").touch()
+    monkeypatch.setattr(ctypes, "CDLL", FakeLibrary)
+    registered = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **kwargs: registered.append(args))
+    info = load_anew("cpu")
+    assert info.ffi_version == (0, 9)
+    assert info.compilers == ("GNU 1.2",)
+    for part in ("0.9", "jaxlib " + importlib.metadata.version("jaxlib"), "newer jaxlib"):
+        assert part in info.problem
+    assert registered == []
+
+
+@pytest.mark.host
+def test_jax_goes_on_after_a_library_was_refused():
+    """The real library, beside a jaxlib that says it is older."""
+    code = """
+import jax, jax.numpy as jnp
+import custom_ops
+from custom_ops import _library
+_library.jaxlib_ffi_version = lambda: (0, 1)
+print(custom_ops.linear_ffi_problem(platform="cpu", dtype="float32", weight_dtype="float32", k_dims=[16]))
+try:
+    _library.register_targets()
+except ValueError as error:
+    print(error)
+print(jax.jit(lambda x: x + 1)(jnp.float32(1)))
+"""
+    lines = run(code).splitlines()
+    assert "version 0." in lines[0]
+    assert "has 0.1" in lines[1]
+    assert lines[2] == "2.0"
+
+
+def test_a_file_that_is_no_library_is_named(folder):
+    (folder / "libkogpt_ops_host.so").write_text("no library")
+    info = load_anew("cpu")
+    assert info.path == str(folder / "libkogpt_ops_host.so")
+    assert "cannot be loaded" in info.problem
+
+
+def test_a_library_without_an_op_is_named(folder, monkeypatch):
+    (folder / "libkogpt_ops_host.so").touch()
+    monkeypatch.setattr(ctypes, "CDLL", FakeLibrary)
+    monkeypatch.setattr(_library, "jaxlib_ffi_version", lambda: (0, 9))
+    assert "Linear" in load_anew("cpu").problem
+
+
+def test_nothing_built(folder):
+    assert [load_anew(platform).problem for platform in ("cpu", "gpu")] == ["it was not built"] * 2
+    assert "no" in str(load_anew("tpu").problem)
+
+
+def test_the_newer_of_two_libraries_counts(folder, monkeypatch):
+    other = folder / "other"
+    other.mkdir()
+    monkeypatch.setattr(custom_ops, "__path__", [str(folder), str(other)])
+    for number, directory in enumerate((folder, other)):
+        path = directory / "libkogpt_ops_host.so"
+        path.touch()
+        os.utime(path, (number, number))
+    assert _library._find("libkogpt_ops_host.so") == other / "libkogpt_ops_host.so"
+    os.utime(folder / "libkogpt_ops_host.so", (2, 2))
+    assert _library._find("libkogpt_ops_host.so") == folder / "libkogpt_ops_host.so"
+
+
+def test_register_targets_without_any_library(monkeypatch):
+    monkeypatch.setattr(_library, "load", lambda platform: _library.LibraryInfo("host", problem="it was not built"))
+    with pytest.raises(ValueError, match='"ffi" has no library.*not built'):
+        _library.register_targets()
+
+
+@pytest.mark.host
+def test_library_info():
+    host, cuda = custom_ops.library_info()
+    assert (host.name, host.problem, host.architectures) == ("host", None, ())
+    assert pathlib.Path(str(host.path)).is_file()
+    assert host.compilers
+    assert cuda.name == "cuda"
+
+
+def run(code):
+    """Standard output of a process of its own."""
+    command = [sys.executable, "-c", code]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+def test_importing_loads_no_library_and_starts_no_backend():
+    code = """
+import ctypes
+ctypes.CDLL = None
+import custom_ops
+import jax._src.xla_bridge as bridge
+print(bridge.backends_are_initialized())
+"""
+    assert run(code) == "False\n"
+
+
+# -- Misuse that only C++ sees: ffi_call itself checks nothing --------------------------------------------------------
+
+
+def make_operands(target):
+    """Arguments and results by name; of `linear` with everything: LayerNorm, multiplier, residual, INT8 and GELU on 8
+    of 24 outputs."""
+    bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+    shapes: dict[str, dict[str, tuple[Any, ...]]] = {
+        "kogpt_linear": {
+            "x": (f32, 2, 32),
+            "weight": (jnp.int8, 24, 32),
+            "weight_scale": (f32, 24),
+            "bias": (bf16, 8),
+            "ln_scale": (bf16, 32),
+            "ln_bias": (bf16, 32),
+            "k_multiplier": (f32, 32),
+            "residual": (f32, 2, 16),
+            "semaphores": (i32, custom_ops.NUM_SEMAPHORES),
+            "result y": (f32, 2, 16),
+            "result act": (bf16, 2, 40),
+            "result h": (bf16, 2, 32),
+            "result partials": (f32, 192 * 128 * 8),
+            "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
+        },
+        "kogpt_decode_attention": {
+            "qkv": (bf16, 2, 3 * 2 * 64),
+            "cos": (f32, 2, 16),
+            "sin": (f32, 2, 16),
+            "k_pages": (bf16, 5, 2, 16, 64),
+            "v_pages": (bf16, 5, 2, 16, 64),
+            "page_table": (i32, 2, 2),
+            "lengths": (i32, 2),
+            "num_new": (i32, 2),
+            "act": (bf16, 2, 160),
+            "semaphores": (i32, custom_ops.NUM_SEMAPHORES),
+            "result act": (bf16, 2, 160),
+            "result k_pages": (bf16, 5, 2, 16, 64),
+            "result v_pages": (bf16, 5, 2, 16, 64),
+            "result partials": (f32, 2 * 2 * 66),
+            "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
+        },
+    }
+    return {name: jnp.zeros(shape, dtype) for name, (dtype, *shape) in shapes[target].items()}
+
+
+# Argument by result: what the result is aliased to.
+ALIASES = {
+    "kogpt_linear": {"semaphores": "result semaphores"},
+    "kogpt_decode_attention": {name: f"result {name}" for name in ("act", "k_pages", "v_pages", "semaphores")},
+}
+ATTRIBUTES = {
+    "kogpt_linear": {"gelu_from": np.int64(16), "epsilon": np.float32(1e-5), "prefetch_weight": False},
+    "kogpt_decode_attention": {},
+}
+TARGETS = list(ATTRIBUTES)
+# Of an aliased pair XLA checks that both are alike, so they are changed together, under the argument's name.
+OPERANDS = [
+    (target, name) for target in TARGETS for name in make_operands(target) if name not in ALIASES[target].values()
+]
+
+
+def call(target, operands, *, without_alias=None, **attributes):
+    """The FFI call without the op's own checks around it."""
+    _library.register_targets()
+    is_result = [name.startswith("result") for name in operands]
+    names = list(operands)
+    first_result = is_result.index(True)
+    aliases = {
+        names.index(argument): names.index(result) - first_result
+        for argument, result in ALIASES[target].items()
+        if argument != without_alias
+    }
+    results = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in list(operands.values())[first_result:]]
+    function = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    attributes = ATTRIBUTES[target] | attributes
+    arguments = list(operands.values())[:first_result]
+    return jax.block_until_ready(jax.jit(lambda *args: function(*args, **attributes))(*arguments))
+
+
+def changed(target, name, change):
+    operands = make_operands(target)
+    for each in (name, ALIASES[target].get(name, name)):
+        operands[each] = change(operands[each])
+    return operands
+
+
+def assert_refused(target, operands, *parts, **options):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        call(target, operands, **options)
+    for part in parts:
+        assert part in str(caught.value)
+    call(target, make_operands(target))  # the process lives, and so does the op
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_wrong(target):
+    assert not call(target, make_operands(target))[-1].any()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("target", "name"), OPERANDS)
+def test_a_wrong_rank_is_refused(target, name):
+    operands = changed(target, name, lambda value: value[None])
+    assert_refused(target, operands, f"{target}: {name} must have ", str(list(operands[name].shape)))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("target", "name"), OPERANDS)
+def test_a_wrong_dtype_is_refused(target, name):
+    operands = changed(target, name, lambda value: value.astype(jnp.uint16))
+    assert_refused(target, operands, f"{target}: {name} must have dtype ", "got type 7")
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("target", "name", "axis", "blamed"),
+    [
+        # What decides the sizes is right by definition, and others do not fit it.
+        ("kogpt_linear", "x", 0, "residual"),
+        ("kogpt_linear", "x", 1, "weight"),
+        ("kogpt_linear", "weight", 0, "weight_scale"),
+        ("kogpt_linear", "weight", 1, "weight"),
+        ("kogpt_linear", "weight_scale", 0, "weight_scale"),
+        ("kogpt_linear", "bias", 0, "bias"),
+        ("kogpt_linear", "ln_scale", 0, "ln_scale"),
+        ("kogpt_linear", "ln_bias", 0, "ln_bias"),
+        ("kogpt_linear", "k_multiplier", 0, "k_multiplier"),
+        ("kogpt_linear", "residual", 0, "residual"),
+        ("kogpt_linear", "residual", 1, "residual"),
+        ("kogpt_linear", "semaphores", 0, "semaphores"),
+        ("kogpt_linear", "result y", 0, "result y"),
+        ("kogpt_linear", "result y", 1, "result y"),
+        ("kogpt_linear", "result act", 0, "result act"),
+        ("kogpt_linear", "result h", 0, "result h"),
+        ("kogpt_linear", "result h", 1, "result h"),
+        ("kogpt_decode_attention", "qkv", 0, "qkv"),
+        ("kogpt_decode_attention", "qkv", 1, "qkv"),
+        ("kogpt_decode_attention", "cos", 0, "cos"),
+        ("kogpt_decode_attention", "cos", 1, "sin"),
+        ("kogpt_decode_attention", "sin", 0, "sin"),
+        ("kogpt_decode_attention", "k_pages", 0, "v_pages"),
+        ("kogpt_decode_attention", "k_pages", 1, "qkv"),
+        ("kogpt_decode_attention", "k_pages", 2, "v_pages"),
+        ("kogpt_decode_attention", "k_pages", 3, "qkv"),
+        ("kogpt_decode_attention", "v_pages", 3, "v_pages"),
+        ("kogpt_decode_attention", "page_table", 0, "qkv"),
+        ("kogpt_decode_attention", "lengths", 0, "lengths"),
+        ("kogpt_decode_attention", "num_new", 0, "num_new"),
+        ("kogpt_decode_attention", "act", 0, "act"),
+        ("kogpt_decode_attention", "semaphores", 0, "semaphores"),
+    ],
+)
+def test_a_wrong_extent_is_refused(target, name, axis, blamed):
+    operands = changed(target, name, lambda value: jnp.repeat(value, 2, axis))
+    assert_refused(target, operands, f"{target}: {blamed} must have shape ", "got ")
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("gelu_from", [-1, 25])
+def test_gelu_from_beyond_the_outputs_is_refused(gelu_from):
+    target = "kogpt_linear"
+    assert_refused(target, make_operands(target), "gelu_from", "[0, 24]", str(gelu_from), gelu_from=np.int64(gelu_from))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("target", "name"), [(target, name) for target in TARGETS for name in ALIASES[target]])
+def test_what_is_updated_in_place_must_be_aliased(target, name):
+    assert_refused(target, make_operands(target), f"{target}: {name} must be aliased", without_alias=name)
+
+
+@pytest.mark.host
+def test_sizes_that_fit_each_other_but_not_the_op_are_refused():
+    rows = {"x": 80, "residual": 80, "result y": 80, "result act": 80, "result h": 80}
+    operands = make_operands("kogpt_linear")
+    operands |= {name: jnp.zeros((size, operands[name].shape[1]), operands[name].dtype) for name, size in rows.items()}
+    assert_refused("kogpt_linear", operands, "kogpt_linear: ", "rows")
