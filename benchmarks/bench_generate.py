@@ -3,10 +3,11 @@
 Random weights at the KoGPT-6B shape, made on the device; prefill and decode apart; everything through the public API:
 
     python benchmarks/bench_generate.py --batch 1 8 32 64 --prompt-len 128 --json benchmarks/results/generate.json
+    python benchmarks/bench_generate.py --quant w8a16 --batch 1 8 32 64
 
 A decode step is (time of 73 new tokens - time of 9) / 64: whole chunks, prefill and the host's share per call
-cancelled. Its limit is (weights but the embedding table + keys and values read) / the read bandwidth measured in the
-same run; that of prefill is (2 x weights of the layers x tokens + attention) / the measured rate of a large product in
+cancelled. Its limit is (weights but the embedding table, as they are stored, + keys and values read) / the read
+bandwidth measured in the same run; that of prefill is (2 x weights of the layers x tokens + attention) / the measured rate of a large product in
 the same dtype.
 """
 
@@ -30,10 +31,22 @@ from rich.console import Console
 from rich.table import Table
 
 from kogpt_jax import DEMO, KOGPT_6B, KoGPT, SamplingParams, kv_cache
-from kogpt_jax.config import DTYPES, Dtype, ModelConfig
+from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig
 from kogpt_jax.engine import STEPS_PER_CHUNK
+from kogpt_jax.model import model_def
+from kogpt_jax.ops import CHOICES, describe
 
-PRESETS = {"kogpt-6b": KOGPT_6B, "demo": DEMO}
+# 355 million parameters: too many for a CPU's cache, few enough for a benchmark of minutes.
+GPTJ_350M = ModelConfig(
+    vocab_size=50400,
+    max_len=2048,
+    model_dim=1024,
+    num_layers=20,
+    num_heads=16,
+    rotary_dim=64,
+    ffn_dim=4096,
+)
+PRESETS = {"kogpt-6b": KOGPT_6B, "gptj-350m": GPTJ_350M, "demo": DEMO}
 SAMPLING = {
     "greedy": SamplingParams(ignore_eos=True),
     "sampled": SamplingParams(ignore_eos=True, temperature=0.8, top_k=50, top_p=0.95, seed=0),
@@ -81,11 +94,14 @@ def matrix_rate(size: int, dtype: Dtype) -> float:
 
 
 def step_bytes(config: ModelConfig, batch: int, context: float) -> float:
-    """Bytes a decode step must read: all weights but the embedding table, and each row's keys and values."""
+    """Bytes a decode step must read: all matrices but the embedding table, and each row's keys and values."""
     layer = 4 * config.model_dim**2 + 2 * config.model_dim * config.ffn_dim
     weights = config.num_layers * layer + config.vocab_size * config.model_dim
-    cached = batch * context * 2 * config.num_layers * config.model_dim
-    return (weights + cached) * config.jax_dtype.itemsize
+    weight_bytes = weights * config.jax_dtype.itemsize
+    if config.quant == "w8a16":  # a byte each, and a scale an output of each product
+        outputs = config.num_layers * (4 * config.model_dim + config.ffn_dim) + config.vocab_size
+        weight_bytes = weights + 4 * outputs
+    return weight_bytes + batch * context * 2 * config.num_layers * config.model_dim * config.jax_dtype.itemsize
 
 
 def prefill_operations(config: ModelConfig, batch: int, prompt_len: int) -> float:
@@ -94,6 +110,11 @@ def prefill_operations(config: ModelConfig, batch: int, prompt_len: int) -> floa
     products = 2 * config.num_layers * layer * prompt_len + 2 * config.vocab_size * config.model_dim
     attention = 2 * config.num_layers * config.model_dim * prompt_len**2
     return batch * (products + attention)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Without the scales of a quantised model."""
+    return sum(math.prod(param.shape) for param in model_def(dataclasses.replace(config, quant="none")).params)
 
 
 def prompts(config: ModelConfig, batch: int, prompt_len: int) -> list[list[int]]:
@@ -125,6 +146,7 @@ def measure(model: KoGPT, batch: int, prompt_len: int, sampling: str, repeats: i
         "prompt_len": prompt_len,
         "capacity": capacity,
         "dtype": config.dtype,
+        "quant": config.quant,
         "sampling": sampling,
         "prefill_ms": one * 1e3,
         "step_ms": step_s * 1e3,
@@ -169,6 +191,7 @@ def print_table(result: dict[str, Any]) -> None:
     table = Table(title=title, box=box.SIMPLE)
     for column in (
         "dtype",
+        "quant",
         "batch",
         "prompt",
         "tokens",
@@ -184,6 +207,7 @@ def print_table(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(
             row["dtype"],
+            row["quant"],
             str(row["batch"]),
             str(row["prompt_len"]),
             row["sampling"],
@@ -212,6 +236,8 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="kogpt-6b")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a quick look")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--quant", choices=QUANTS, default="none")
+    parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs a decode step")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt-len", type=int, nargs="+", default=[128])
     parser.add_argument("--sampling", choices=sorted(SAMPLING), nargs="+", default=sorted(SAMPLING))
@@ -224,10 +250,12 @@ def main() -> None:
 
     if not arguments.warm_cache:
         jax.config.update("jax_enable_compilation_cache", False)
-    config = dataclasses.replace(PRESETS[arguments.preset], dtype=arguments.dtype, eos_token_ids=())
+    config = dataclasses.replace(
+        PRESETS[arguments.preset], dtype=arguments.dtype, quant=arguments.quant, eos_token_ids=()
+    )
     if arguments.layers is not None:
         config = dataclasses.replace(config, num_layers=arguments.layers)
-    model = KoGPT.from_random(config)
+    model = KoGPT.from_random(config, max_batch_size=max(arguments.batch), implementation=arguments.implementation)
     rows = [
         measure(model, batch, prompt_len, sampling, arguments.repeats)
         for batch in arguments.batch
@@ -241,7 +269,9 @@ def main() -> None:
     result = {
         "preset": arguments.preset,
         "num_layers": config.num_layers,
-        "parameters": sum(math.prod(leaf.shape) for leaf in model.leaves),
+        "parameters": num_parameters(config),
+        "quant": config.quant,
+        "ops": dataclasses.asdict(model.ops),
         "warm_cache": arguments.warm_cache,
         "ceilings": {"read_bytes_per_s": bandwidth, "operations_per_s": rate},
         "rows": [with_limits(row, config, bandwidth, rate) for row in rows],
@@ -249,6 +279,7 @@ def main() -> None:
         "environment": environment(),
     }
     print_table(result)
+    print(describe(model.ops))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         temporary = arguments.json.with_suffix(".tmp")
