@@ -7,8 +7,8 @@ Random weights at the KoGPT-6B shape, made on the device; prefill and decode apa
 
 A decode step is (time of 73 new tokens - time of 9) / 64: whole chunks, prefill and the host's share per call
 cancelled. Its limit is (weights but the embedding table, as they are stored, + keys and values read) / the read
-bandwidth measured in the same run; that of prefill is (2 x weights of the layers x tokens + attention) / the measured rate of a large product in
-the same dtype.
+bandwidth measured in the same run; that of prefill is (2 x weights of the layers x tokens + attention) / the measured
+rate of a large product in the same dtype.
 """
 
 import argparse

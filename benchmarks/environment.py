@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 _PACKAGES = ("kogpt-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "transformers")
+_SOURCE_SUFFIXES = (".py", ".cc", ".cu", ".cuh", ".h", ".inc")
 
 
 def environment() -> dict[str, Any]:
@@ -34,8 +35,11 @@ def environment() -> dict[str, Any]:
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted((pathlib.Path(__file__).parents[1] / "kogpt_jax").rglob("*.py")):
-        digest.update(path.read_bytes())
+    root = pathlib.Path(__file__).parents[1]
+    for package in ("custom_ops", "kogpt_jax"):
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in _SOURCE_SUFFIXES:
+                digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
