@@ -87,7 +87,7 @@ def decode_attention_reference(
     num_new: Int32[Array, " B"],
     act: Float[Array, "B act_dim"],
     *,
-    semaphores: Array | None = None,
+    semaphores: Any = None,  # passed through
 ) -> tuple[Array, Array, Array, Array]:
     """`decode_attention` in `jax.numpy`. Appends of rows with num_new 0 go to the scratch page."""
     _, num_heads, _, head_dim = k_pages.shape

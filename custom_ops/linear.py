@@ -111,7 +111,7 @@ def linear_reference(
     gelu_from: int | None = None,
     act_dim: int | None = None,
     out_dtype: Any = None,
-    semaphores: Array | None = None,
+    semaphores: Any = None,  # passed through
     prefetch_weight: bool = False,
 ) -> tuple[Array, ...]:
     """`linear` in `jax.numpy`: LayerNorm in f32, the product in dtype with f32 accumulation."""

@@ -90,6 +90,23 @@ def twice_the_oracles_error(oracle_error: float, dtype: str) -> Tolerance:
     )
 
 
+def twice_the_references_error(reference_error: float, dtype: str) -> Tolerance:
+    """The rule for a kernel: its error against the oracle is at most twice the same-precision reference's own, plus
+    a rounding floor, since a reference may by chance be exact where a correct kernel rounds. Flash-attention's tests
+    have it so.
+
+    Args:
+        reference_error: the reference's error on the same data.
+        dtype: of the result. Half an ulp of its largest value, by its rounding alone, and sums in f32 in another order
+            (2^-20, some roundings of 2^-24 of terms that are larger than the sum).
+    """
+    half_ulp = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
+    floor = half_ulp + 2.0**-20
+    return Tolerance(
+        2 * reference_error + floor, f"twice the reference's own error, {reference_error:.3g}, plus {floor:.3g}."
+    )
+
+
 def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     """The worst row's max |actual - expected| / max |expected|, rows along the last axis; NaN where anything is NaN.
 

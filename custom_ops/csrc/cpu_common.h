@@ -1,4 +1,4 @@
-// What the Host implementations share: which instruction set this machine has, and 16-bit floats one at a time.
+// What the Host implementations share: which instruction set this machine has, and bits of floats.
 #ifndef CUSTOM_OPS_CPU_COMMON_H_
 #define CUSTOM_OPS_CPU_COMMON_H_
 
@@ -38,25 +38,6 @@ inline uint32_t BitsFromFloat(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
-}
-
-inline float FloatFromBfloat16(uint16_t bits) { return FloatFromBits(uint32_t{bits} << 16); }
-
-// Rounds to nearest, ties to even.
-inline uint16_t Bfloat16FromFloat(float value) {
-  const uint32_t bits = BitsFromFloat(value);
-  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const uint32_t is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  return static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
-}
-
-inline float FloatFromFloat16(uint16_t bits) {
-  const uint32_t magnitude = uint32_t{bits & 0x7fffu} << 13;
-  // Exponents of both types differ by 112; multiplying by 2^112 gets subnormal numbers right as well.
-  const float finite = FloatFromBits(magnitude) * FloatFromBits(uint32_t{127 + 112} << 23);
-  const uint32_t is_special = magnitude >= (uint32_t{0x7c00} << 13);
-  const uint32_t result = is_special ? magnitude | 0x7f800000 : BitsFromFloat(finite);
-  return FloatFromBits(result | (uint32_t{bits & 0x8000u} << 16));
 }
 
 // Rounds to nearest, ties to even; beyond the largest float16 to infinity.

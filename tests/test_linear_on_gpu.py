@@ -1,0 +1,28 @@
+"""The tests of `custom_ops.linear` that hold on a GPU too, run there on the CUDA kernels."""
+
+import pytest
+from test_linear import (
+    test_a_prefetched_weight_gives_the_same_bits,
+    test_a_row_is_the_same_bits_in_every_batch,
+    test_each_row_alone_is_the_same_bits,
+    test_error_is_at_most_twice_the_references,
+    test_inside_shard_map_nothing_is_gathered,
+    test_reference_against_f64,
+    test_semaphores_stay_in_place_and_order_the_calls,
+    test_vmap_raises,
+    test_what_the_kernels_do_not_support_is_refused_by_name,
+)
+
+__all__ = [
+    "test_a_prefetched_weight_gives_the_same_bits",
+    "test_a_row_is_the_same_bits_in_every_batch",
+    "test_each_row_alone_is_the_same_bits",
+    "test_error_is_at_most_twice_the_references",
+    "test_inside_shard_map_nothing_is_gathered",
+    "test_reference_against_f64",
+    "test_semaphores_stay_in_place_and_order_the_calls",
+    "test_vmap_raises",
+    "test_what_the_kernels_do_not_support_is_refused_by_name",
+]
+
+pytestmark = pytest.mark.gpu
