@@ -4,7 +4,7 @@ Each op has the implementations "reference" and "ffi"; which of them a machine h
 and an op raises where the one it is told to use cannot serve.
 """
 
-from custom_ops._library import LibraryInfo, library_info
+from custom_ops._library import LibraryInfo, jaxlib_ffi_version, library_info
 from custom_ops.decode_attention import decode_attention, decode_attention_ffi_problem, decode_attention_reference
 from custom_ops.linear import MAX_ROWS, LayerNorm, linear, linear_ffi_problem, linear_reference
 from custom_ops.quantization import QuantizedArray, dequantize, quantize_weight
@@ -20,6 +20,7 @@ __all__ = [
     "decode_attention_ffi_problem",
     "decode_attention_reference",
     "dequantize",
+    "jaxlib_ffi_version",
     "library_info",
     "linear",
     "linear_ffi_problem",

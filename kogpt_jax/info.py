@@ -10,9 +10,10 @@ from typing import Any, get_args
 
 import jax
 
-from kogpt_jax import checkpoint, demo, kv_cache, quantized_cache, runtime, tokenizer
+import custom_ops
+from kogpt_jax import checkpoint, demo, kv_cache, ops, quantized_cache, runtime, tokenizer
 from kogpt_jax._version import __version__
-from kogpt_jax.config import Dtype, ModelConfig
+from kogpt_jax.config import KOGPT_6B, Dtype, ModelConfig
 from kogpt_jax.engine import resolve_eos
 from kogpt_jax.model import model_def
 
@@ -33,6 +34,7 @@ def make_report(model: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     report["devices"] = [_device_report(device) for device in jax.devices()]
+    report["ops"] = _ops_report(model)
     report["settings"] = [setting._asdict() for setting in settings]
     report["cache_dir"] = str(runtime.cache_dir())
     num_models, num_bytes = quantized_cache.size()
@@ -55,8 +57,28 @@ def _device_report(device: jax.Device) -> dict[str, Any]:
     }
 
 
+def _ops_report(model: str | None) -> dict[str, Any]:
+    """The compiled libraries, and what a decode step of the model (without one: of KoGPT-6B) runs on here."""
+    model_config = KOGPT_6B if model is None else checkpoint.load_config(_directory(model))
+    choices = {dtype: dataclasses.replace(model_config, dtype=dtype) for dtype in get_args(Dtype)}
+    choices["w8a16"] = dataclasses.replace(model_config, quant="w8a16")  # with the dtype of the stored weights
+    platform_name = jax.default_backend()
+    return {
+        "jaxlib_ffi_version": custom_ops.jaxlib_ffi_version(),
+        "libraries": [dataclasses.asdict(library) for library in custom_ops.library_info()],
+        "auto": {
+            name: ops.describe(ops.resolve_ops(config, "auto", platform=platform_name))
+            for name, config in choices.items()
+        },
+    }
+
+
+def _directory(model: str) -> pathlib.Path:
+    return demo.DIRECTORY if model == "demo" else pathlib.Path(model)
+
+
 def _model_report(model: str) -> dict[str, Any]:
-    directory = demo.DIRECTORY if model == "demo" else pathlib.Path(model)
+    directory = _directory(model)
     model_config = checkpoint.load_config(directory)
     file = tokenizer.find_tokenizer(directory)
     loaded = None if file is None else tokenizer.load_tokenizer(file)
@@ -116,6 +138,7 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         if device["memory_bytes"] is not None:
             memory = f"{format_bytes(device['memory_in_use_bytes'])} of {format_bytes(device['memory_bytes'])} in use"
         facts.append(("device", ", ".join(filter(None, (device["name"], device["kind"], memory)))))
+    facts += _ops_facts(report["ops"])
     facts += [("setting", "{name} = {value} (by {origin})".format(**setting)) for setting in report["settings"]]
     facts.append(("cache folder", report["cache_dir"]))
     kept = report["quantized_cache"]
@@ -123,6 +146,25 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
     facts.append(("quantised weights", f"{kept['directory']}, {size}"))
     width = max(len(name) for name, _ in facts)
     return (f"{name:<{width}}  {value}" for name, value in facts)
+
+
+def _ops_facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for library in report["libraries"]:
+        if library["path"] is not None:
+            built = [*library["architectures"], *library["compilers"]]
+            if library["ffi_version"] is not None:
+                built.append(f"XLA FFI {_dotted(library['ffi_version'])}")
+            yield f"{library['name']} library", ", ".join([library["path"], *built])
+        if library["problem"] is not None:
+            yield f"{library['name']} library", f"cannot be used: {library['problem']}"
+    if report["jaxlib_ffi_version"] is not None:
+        yield "jaxlib's XLA FFI", _dotted(report["jaxlib_ffi_version"])
+    for name, ops_line in report["auto"].items():
+        yield f"ops with {name}", ops_line
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -27,9 +27,11 @@ import typer.main
 import typer.testing
 from hash_weights import hash_state_dict, write_checkpoint
 
+import custom_ops
 import kogpt_jax
 from kogpt_jax import KoGPT, SamplingParams, cli
 from kogpt_jax.config import DTYPES
+from kogpt_jax.ops import describe
 
 _ROOT = pathlib.Path(kogpt_jax.__file__).parent.parent
 _SENTENCES = [
@@ -506,12 +508,16 @@ def test_score_needs_two_tokens(checkpoint, monkeypatch):
 
 def test_info_json(checkpoint, engine):
     (report,) = _records(_output("info", "--model", checkpoint, "--json"))
-    assert set(report) == {"model", "versions", "devices", "settings", "cache_dir", "quantized_cache"}
+    assert set(report) == {"model", "versions", "devices", "settings", "cache_dir", "ops", "quantized_cache"}
     assert set(report["versions"]) == {"kogpt_jax", "jax", "jaxlib", "flax", "numpy", "python"}
     assert report["versions"]["kogpt_jax"] == kogpt_jax.__version__
     assert report["devices"][0]["platform"] == "cpu"
     assert report["settings"] == [setting._asdict() for setting in kogpt_jax.runtime.settings()]
     assert report["cache_dir"] == os.environ["KOGPT_CACHE_DIR"]
+    assert [library["name"] for library in report["ops"]["libraries"]] == ["host", "cuda"]
+    assert report["ops"]["jaxlib_ffi_version"] == list(custom_ops.jaxlib_ffi_version() or ())
+    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16"}
+    assert report["ops"]["auto"]["fp32"] == describe(engine.ops)
     kept = report["quantized_cache"]
     assert pathlib.Path(kept["directory"]).parent == pathlib.Path(report["cache_dir"])
     assert {kept["models"], kept["bytes"]} == {0} or min(kept["models"], kept["bytes"]) > 0
@@ -543,6 +549,9 @@ def test_info_text(checkpoint):
         "jax_compilation_cache_dir",
         "fp32",
         "parameters",
+        "host library",
+        "cuda library",
+        "ops with w8a16",
         str(checkpoint / "tokenizer.model"),
     ):
         assert fact in output
