@@ -17,12 +17,19 @@ works() {
     "$@" >/dev/null 2>&1
 }
 
+has_nvcc() {
+    works "${CUDACXX:-nvcc}" --version || works /usr/local/cuda/bin/nvcc --version
+}
+
 if [ "$library" = gpu ]; then
-    if [ "${CUDA:-auto}" = none ] || ! works nvidia-smi; then
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n '1s/^\([0-9]*\)\..*/\1/p')
+    if [ "${CUDA:-auto}" = none ] || [ -z "$driver" ]; then
         exit 0
-    fi
-    if ! works "${CXX:-c++}" --version; then
+    elif ! works "${CXX:-c++}" --version; then
         echo "build_ops: no C++ compiler, so no CUDA library: decoding runs on XLA's own kernels"
+        exit 0
+    elif [ "$driver" -lt 580 ] && ! has_nvcc; then
+        echo "build_ops: PyPI's nvcc is for driver 580 or newer, so no CUDA library: decoding runs on XLA's own kernels"
         exit 0
     fi
     library=cuda
@@ -33,7 +40,7 @@ case $library in
         ;;
     cuda)
         host=OFF cuda=${KOGPT_CUDA:-PYPI}
-        if [ -z "${KOGPT_CUDA:-}" ] && { works "${CUDACXX:-nvcc}" --version || works /usr/local/cuda/bin/nvcc --version; }; then
+        if [ -z "${KOGPT_CUDA:-}" ] && has_nvcc; then
             cuda=ON
         fi
         ;;
