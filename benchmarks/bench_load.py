@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,8 +25,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kogpt_jax import checkpoint
-from kogpt_jax.config import KOGPT_6B, Dtype, ModelConfig
+from kogpt_jax import checkpoint, quantized_cache
+from kogpt_jax.config import KOGPT_6B, Dtype, ModelConfig, Quant
 from kogpt_jax.model import model_def
 from kogpt_jax.sharding import make_mesh
 
@@ -101,16 +102,16 @@ class HostMemory:
     """Samples this process's anonymous memory, and what of it is not in arrays on CPU devices.
 
     Args:
-        dtype: count arrays of this dtype only, as those that are kept.
+        dtypes: count arrays of these only, as those that are kept.
         interval_s: time between two samples.
     """
 
-    def __init__(self, dtype: np.dtype, interval_s: float = 0.005):
-        self._dtype = dtype
+    def __init__(self, *dtypes: np.dtype, interval_s: float = 0.005):
+        self._dtypes = dtypes
         self._interval_s = interval_s
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._array_bytes = live_array_bytes(dtype)
+        self._array_bytes = live_array_bytes(dtypes)
         self.baseline_bytes = anonymous_bytes()
         self.peak_bytes = 0  # above the baseline
         self.peak_beyond_arrays_bytes = 0  # above the baseline and the arrays alive at that moment
@@ -127,7 +128,7 @@ class HostMemory:
     def _sample(self) -> None:
         while not self._is_over.wait(self._interval_s):
             # Arrays first: one that appears in between counts as unexplained, never the other way round.
-            arrays = live_array_bytes(self._dtype) - self._array_bytes
+            arrays = live_array_bytes(self._dtypes) - self._array_bytes
             above = anonymous_bytes() - self.baseline_bytes
             self.peak_bytes = max(self.peak_bytes, above)
             self.peak_beyond_arrays_bytes = max(self.peak_beyond_arrays_bytes, above - arrays)
@@ -139,8 +140,8 @@ def anonymous_bytes() -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
 
-def live_array_bytes(dtype: np.dtype) -> int:
-    return sum(array.nbytes for array in jax.live_arrays("cpu") if array.dtype == dtype)
+def live_array_bytes(dtypes: Sequence[np.dtype]) -> int:
+    return sum(array.nbytes for array in jax.live_arrays("cpu") if array.dtype in dtypes)
 
 
 def touch_memory(num_bytes: int) -> float:
@@ -154,14 +155,15 @@ def touch_memory(num_bytes: int) -> float:
     return num_bytes / (time.perf_counter() - start)
 
 
-def measure_load(directory: str, dtype: Dtype | None = None) -> dict[str, float]:
-    """Loads the checkpoint once in this process."""
+def measure_load(directory: str, dtype: Dtype | None = None, quant: Quant = "none") -> dict[str, float]:
+    """Loads the checkpoint once in this process, quantised weights through their cache."""
     mesh = make_mesh()
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))  # the backend is up before the clock starts
-    config = checkpoint.load_config(directory, dtype=dtype)
-    with HostMemory(config.jax_dtype) as memory:
+    config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant)
+    load_leaves = checkpoint.load_leaves if quant == "none" else quantized_cache.load_leaves
+    with HostMemory(*{param.dtype for param in model_def(config).params}) as memory:
         start = time.perf_counter()
-        leaves = checkpoint.load_leaves(directory, config, mesh)
+        leaves = load_leaves(pathlib.Path(directory), config, mesh)
         seconds = time.perf_counter() - start
     on_host = jax.default_backend() == "cpu"
     loaded_bytes = sum(leaf.nbytes for leaf in leaves)
