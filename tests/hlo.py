@@ -12,6 +12,9 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)"
 )
 _ALIAS = re.compile(r"\{[\d, ]*\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)")
+# Of a call of a kernel with several results: which of them takes over an operand's memory.
+_CALL_ALIAS = re.compile(r"\{(\d+)\}: \(\d+, \{\}\)")
+_ARRAY = re.compile(r"\w+\[[\d,]*\]")
 
 # What may yield pages without writing more than the new tokens. A fusion may if its root may.
 _IN_PLACE = {
@@ -125,6 +128,13 @@ def in_place_problems(compiled: jax.stages.Compiled, pages: Sequence[jax.Array])
         problems.append(f"{aliased} of {len(pages)} arrays of pages are aliased to an output")
     num_writes = 0
     for instruction in module.running():
+        if instruction.opcode == "custom-call" and instruction.result.startswith("("):
+            aliased_results = set(map(int, _CALL_ALIAS.findall(instruction.rest)))
+            for index, result in enumerate(_ARRAY.findall(instruction.result)):
+                if num_elements(result) >= pages[0].size:
+                    num_writes += index in aliased_results
+                    if index not in aliased_results:
+                        problems.append(f"custom-call makes {result} ({instruction.name})")
         for maker in module.makers(instruction):
             # A copy may have another shape and the same elements, but no smaller one.
             if num_elements(maker.result) < pages[0].size:

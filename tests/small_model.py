@@ -1,6 +1,7 @@
 """One small model for the tests of the core: compiled once a run, lively enough that its text depends on its prompt."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 
@@ -28,6 +29,8 @@ CONFIG = ModelConfig(
     eos_token_ids=(256, 26, 229),
     dtype="fp32",
 )
+# Its sizes fit the kernels.
+KERNEL_CONFIG = dataclasses.replace(CONFIG, model_dim=128, num_heads=2, ffn_dim=208)
 
 
 def load(directory: pathlib.Path, dtype: Dtype = "fp32", *, max_batch_size: int = 64) -> KoGPT:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
-from small_model import CONFIG, greedy, prompt
+from small_model import CONFIG, KERNEL_CONFIG, greedy, prompt
 
 from custom_ops import make_semaphores
 from kogpt_jax import KoGPT, SamplingParams, decoding, kv_cache
+from kogpt_jax.config import Dtype
 from kogpt_jax.decoding import NO_TOKEN, DecodeState
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.kv_cache import KVCache
@@ -56,7 +57,7 @@ class Call:
 
 def make_call(engine: KoGPT, phase: str) -> Call:
     """Arguments over a pool eight times as large as what the rows use, so that one copy of it shows."""
-    cache = kv_cache.make_kv_cache(CONFIG, engine.mesh, 8 * BATCH, CONFIG.max_len)
+    cache = kv_cache.make_kv_cache(engine.config, engine.mesh, 8 * BATCH, engine.config.max_len)
     cache = dataclasses.replace(cache, page_table=cache.page_table[:BATCH], lengths=cache.lengths[:BATCH])
     rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
     ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)
@@ -82,6 +83,23 @@ def call(request: pytest.FixtureRequest, engine: KoGPT) -> Call:
 def test_the_cache_is_updated_in_place(call):
     compiled = call.donating.lower(*call.args, **call.static).compile()
     assert hlo.in_place_problems(compiled, (*call.cache.k, *call.cache.v)) == []
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("quant", ["none", "w8a16"])
+def test_the_kernels_update_the_cache_in_place(quant):
+    """Likewise the semaphores: the loop copies neither."""
+    dtype: Dtype = "fp32" if jax.default_backend() == "cpu" else "bf16"
+    config = dataclasses.replace(KERNEL_CONFIG, dtype=dtype, quant=quant)
+    call = make_call(KoGPT.from_random(config, implementation="ffi"), "decode_loop")
+    compiled = call.donating.lower(*call.args, **call.static).compile()
+    assert hlo.in_place_problems(compiled, (*call.cache.k, *call.cache.v)) == []
+    module = hlo.Module.parse(compiled.as_text())
+    copied = [instruction.result for instruction in module.running() if instruction.opcode.startswith("copy")]
+    assert not any(result.startswith("s32[65536]") for result in copied)
+    kernels = [instruction.rest for instruction in module.running() if instruction.opcode == "custom-call"]
+    assert sum('"kogpt_linear"' in rest for rest in kernels) == 2 * config.num_layers + 1
+    assert sum('"kogpt_decode_attention"' in rest for rest in kernels) == config.num_layers
 
 
 def test_without_donation_it_is_not(call):

@@ -1,0 +1,119 @@
+"""The whole model through the CUDA kernels: logits at the 6B layer shape, texts, and the cache in place."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from test_decoding import test_the_kernels_update_the_cache_in_place
+from test_ops import test_a_row_of_a_step_has_the_same_bits_in_any_batch
+from test_quantize import dequantized, error
+
+from custom_ops import make_semaphores
+from kogpt_jax import KOGPT_6B, KoGPT, decoding, kv_cache
+from kogpt_jax.config import Dtype, ModelConfig, OpsConfig, Quant
+from kogpt_jax.model import model_def, quantized_as, random_leaves
+from kogpt_jax.sharding import make_mesh
+
+__all__ = ["test_a_row_of_a_step_has_the_same_bits_in_any_batch", "test_the_kernels_update_the_cache_in_place"]
+
+pytestmark = pytest.mark.gpu
+
+TWO_LAYERS = dataclasses.replace(KOGPT_6B, num_layers=2, dtype="fp32")
+PROMPT_LEN, NUM_STEPS = 100, 40  # over the end of a page of 64 tokens
+
+
+def heavy_tailed(config: ModelConfig) -> list[jax.Array]:
+    """Weights with a few large ones among many small, as in trained models: normal ones, each times e^(0.7 z)."""
+    leaves = []
+    params = model_def(config).params
+    for index, (param, leaf) in enumerate(zip(params, random_leaves(config, make_mesh()), strict=True)):
+        if leaf.ndim > 1 and param.path != "embedding":
+            z = jax.random.normal(jax.random.key(1000 + index), leaf.shape, jnp.float32)
+            leaf = (leaf * jnp.exp(0.7 * z)).astype(leaf.dtype)
+        leaves.append(leaf)
+    return leaves
+
+
+def engine_of(config: ModelConfig, leaves: list[jax.Array], implementation: str) -> KoGPT:
+    """An engine of another dtype or quantisation over f32 leaves."""
+    mesh = make_mesh()
+    specs = {spec.path: spec for spec in model_def(config).params}
+    made: dict[str, jax.Array] = {}
+    for param, leaf in zip(model_def(dataclasses.replace(config, quant="none")).params, leaves, strict=True):
+        as_held = quantized_as(specs, param.path, leaf, mesh)
+        made |= as_held if len(as_held) == 2 else {param.path: leaf.astype(param.dtype)}
+    return KoGPT(config, [made[path] for path in specs], mesh, implementation=implementation)  # type: ignore[arg-type]
+
+
+def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
+    """Logits behind the prompts and behind each token that is read after them: teacher forcing through the cache."""
+    batch = tokens.shape[0]
+    config, mesh, definition = engine.config, engine.mesh, engine._definition
+
+    @jax.jit
+    def read(leaves, cache, tokens, semaphores):
+        def local(leaves, cache, tokens, semaphores):
+            model = definition.merge(leaves)
+            lengths = jnp.full(batch, PROMPT_LEN, jnp.int32)
+            hidden, cache = model.prefill(tokens[:, :PROMPT_LEN], lengths, cache)
+            logits = [model.logits(hidden)]
+            num_new = jnp.ones(batch, jnp.int32)
+            for step in range(NUM_STEPS):
+                out, cache, semaphores = model.decode_step(tokens[:, PROMPT_LEN + step], num_new, cache, semaphores)
+                logits.append(out)
+            return jnp.stack(logits, axis=1)
+
+        specs = decoding._state_specs(definition)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(definition.leaf_specs(), specs.cache, specs.tokens, specs.semaphores),
+            out_specs=specs.tokens,
+            check_vma=False,
+        )(leaves, cache, tokens, semaphores)
+
+    cache = kv_cache.make_kv_cache(config, mesh, batch, PROMPT_LEN + NUM_STEPS)
+    return np.asarray(read(list(engine.leaves), cache, tokens, make_semaphores()))
+
+
+@pytest.fixture(scope="module")
+def leaves() -> list[jax.Array]:
+    return heavy_tailed(TWO_LAYERS)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("quant", ["none", "w8a16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, batch: int):
+    """Against f32: at most 1.1 times what XLA loses in the same dtype, and quantised at most 1.1 times what the same
+    quantised weights lose in f32 (of bf16 what the activations lose besides)."""
+    tokens = np.random.default_rng(batch).integers(0, TWO_LAYERS.vocab_size, (batch, PROMPT_LEN + NUM_STEPS))
+    tokens = tokens.astype(np.int32)
+    oracle = step_logits(engine_of(TWO_LAYERS, leaves, "reference"), tokens)
+    config = dataclasses.replace(TWO_LAYERS, dtype=dtype, quant=quant)
+    kernels = engine_of(config, leaves, "ffi")
+    assert kernels.ops == OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi")
+    errors = {"ffi": error(step_logits(kernels, tokens), oracle)}
+    plain = dataclasses.replace(config, quant="none")
+    errors["activations"] = error(step_logits(engine_of(plain, leaves, "reference"), tokens), oracle)
+    errors["reference"] = error(step_logits(engine_of(config, leaves, "reference"), tokens), oracle)
+    if quant != "none":
+        errors["weights"] = error(step_logits(dequantized(kernels), tokens), oracle)
+        assert 1e-3 < errors["weights"] < 0.2
+    print(dtype, quant, batch, errors)
+    assert errors["ffi"] <= 1.1 * errors["reference"]
+    if quant != "none":
+        of_dtype = errors["activations"] if dtype == "bf16" else 0.0
+        assert errors["ffi"] <= 1.1 * np.hypot(errors["weights"], of_dtype)
+
+
+def test_without_a_choice_the_kernels_run():
+    """ "auto" on a GPU with the CUDA library."""
+    engine = KoGPT.from_random(dataclasses.replace(small_model.KERNEL_CONFIG, dtype="bf16"))
+    assert engine.ops == OpsConfig(linear="ffi", decode_attention="ffi")
+    completion = engine.generate_ids([small_model.prompt(9)], small_model.greedy(20))[0]
+    assert len(completion.token_ids) == 20
+    assert np.isfinite(completion.logprobs).all()

@@ -1,0 +1,176 @@
+"""Which implementation runs each op: resolved once, by name, and what each name changes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from small_model import KERNEL_CONFIG, greedy, prompt
+
+from custom_ops import MAX_ROWS, make_semaphores
+from kogpt_jax import KoGPT, decoding, kv_cache, ops
+from kogpt_jax.config import Dtype, OpsConfig
+from kogpt_jax.decoding import DecodeState
+from kogpt_jax.errors import InputError
+from kogpt_jax.model import decode_linear, model_def
+from kogpt_jax.ops import describe, resolve_ops
+from kogpt_jax.sampling import RowSampling, SamplingParams
+from kogpt_jax.sharding import make_mesh
+
+QUANTIZED = dataclasses.replace(KERNEL_CONFIG, quant="w8a16")
+REFERENCE = OpsConfig()
+KERNELS = OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi")
+
+
+@pytest.fixture
+def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with both libraries and what fits the model: only the choice counts."""
+    monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
+    monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: None)
+
+
+@pytest.mark.usefixtures("all_there")
+@pytest.mark.parametrize(
+    ("config", "platform", "expected"),
+    [
+        (KERNEL_CONFIG, "cpu", REFERENCE),
+        (QUANTIZED, "cpu", KERNELS),
+        (KERNEL_CONFIG, "gpu", dataclasses.replace(KERNELS, linear_many_rows="reference")),
+        (QUANTIZED, "gpu", KERNELS),
+    ],
+    ids=["cpu", "cpu w8a16", "gpu", "gpu w8a16"],
+)
+def test_auto_is_the_faster_one(config, platform, expected):
+    assert resolve_ops(config, "auto", platform=platform) == expected
+    assert resolve_ops(config, "reference", platform=platform) == REFERENCE
+    assert resolve_ops(config, "ffi", platform=platform) == KERNELS
+
+
+def test_auto_goes_op_by_op(monkeypatch):
+    monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
+    monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: "head_dim must be 64")
+    found = resolve_ops(QUANTIZED, "auto", platform="gpu")
+    assert found == dataclasses.replace(KERNELS, decode_attention="reference")
+    assert describe(found) == (
+        "linear ffi (more than 64 rows ffi), decode_attention reference, prefill and scoring reference"
+    )
+    with pytest.raises(InputError) as caught:
+        resolve_ops(QUANTIZED, "ffi", platform="gpu")
+    assert str(caught.value) == "implementation 'ffi' cannot be used for decode_attention: head_dim must be 64"
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (dataclasses.replace(KERNEL_CONFIG, ffn_dim=84), ["linear", "K", "212"]),
+        (dataclasses.replace(QUANTIZED, ffn_dim=200), ["linear", "K", "328", "16"]),
+        (dataclasses.replace(KERNEL_CONFIG, num_heads=4), ["decode_attention", "head_dim", "32"]),
+    ],
+    ids=["K", "K of INT8", "head_dim"],
+)
+def test_kernels_that_do_not_fit_the_model_are_refused_by_name(config, named):
+    with pytest.raises(InputError, match="implementation 'ffi' cannot be used for") as caught:
+        KoGPT.from_random(config, implementation="ffi")
+    assert all(name in str(caught.value) for name in named)
+    assert "\n" not in str(caught.value)
+    assert "ffi" not in describe(resolve_ops(dataclasses.replace(config, num_heads=4), "auto", platform="cpu"))
+
+
+def lowered(batch: int, chosen: OpsConfig) -> str:
+    """The decode loop before XLA has it: no library is needed for that."""
+    config, mesh = KERNEL_CONFIG, make_mesh()
+    definition = model_def(config, 1, chosen)
+    leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
+    cache = kv_cache.make_kv_cache(config, mesh, batch, 64)
+    rows = RowSampling.from_params([SamplingParams(seed=0)] * batch)
+    ones = jnp.ones(batch, jnp.int32)
+    state = DecodeState(cache, ones, ones, jnp.zeros(batch, bool), rows, make_semaphores())
+    static = {"definition": definition, "mesh": mesh, "num_steps": 8}
+    return decoding.decode_loop.lower(leaves, state, **static).as_text()
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(OpsConfig)])
+def test_every_field_matters(field):
+    chosen = dataclasses.replace(REFERENCE, **{field: "ffi"})  # type: ignore[arg-type]
+    batch = MAX_ROWS + 1 if field == "linear_many_rows" else 2
+    text = lowered(batch, chosen)
+    num_linear, num_attention = (text.count(f"@{name}") for name in ("kogpt_linear", "kogpt_decode_attention"))
+    products = 2 * KERNEL_CONFIG.num_layers + 1
+    expected = {
+        "linear": (products, 0),
+        "linear_many_rows": (2 * products, 0),  # groups of 64 and 1
+        "decode_attention": (0, KERNEL_CONFIG.num_layers),
+    }
+    assert (num_linear, num_attention) == expected[field]
+    assert "custom_call @kogpt" not in lowered(batch, REFERENCE)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("rows", [1, MAX_ROWS, MAX_ROWS + 1, 150])
+def test_a_row_has_the_same_bits_in_any_number_of_rows(rows):
+    rng = np.random.default_rng(0)
+    x, residual = (jnp.asarray(rng.normal(size=(150, width)), jnp.float32) for width in (64, 96))
+    weight, bias = jnp.asarray(rng.normal(size=(96, 64)), jnp.float32), jnp.asarray(rng.normal(size=96), jnp.float32)
+
+    @jax.jit
+    def call(x, residual):
+        return decode_linear(x, weight, KERNELS, make_semaphores(), bias=bias, residual=residual)[0]
+
+    alone = np.concatenate([call(x[row : row + 1], residual[row : row + 1]) for row in range(rows)])
+    np.testing.assert_array_equal(call(x[:rows], residual[:rows]), alone)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("quant", ["none", "w8a16"])
+def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
+    """A whole decode step by the kernels over the same pages: alone, among some, among all."""
+    dtype: Dtype = "fp32" if jax.default_backend() == "cpu" else "bf16"
+    config, mesh, batch = dataclasses.replace(KERNEL_CONFIG, dtype=dtype, quant=quant), make_mesh(), 17
+    engine = KoGPT.from_random(config, implementation="ffi")
+    static = {"definition": engine._definition, "mesh": mesh}
+    lengths = np.array([1 + 7 * row for row in range(batch)], np.int32)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 128)).astype(np.int32)
+    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * batch), jnp.ones(batch, jnp.int32)
+    cache = kv_cache.make_kv_cache(config, mesh, batch, 128)
+    state, _ = decoding.prefill(engine.leaves, cache, tokens, lengths, ones, jnp.zeros(batch, bool), rows, **static)
+
+    @jax.jit
+    def logits(leaves, cache, tokens):
+        def local(leaves, cache, tokens):
+            model = engine._definition.merge(leaves)
+            return model.decode_step(tokens, jnp.ones_like(tokens), cache, make_semaphores())[0]
+
+        specs = decoding._state_specs(engine._definition)
+        in_specs = (engine._definition.leaf_specs(), specs.cache, specs.tokens)
+        shard_map = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.tokens, check_vma=False)
+        return shard_map(leaves, cache, tokens)
+
+    def of_rows(chosen: slice) -> np.ndarray:
+        part = dataclasses.replace(
+            state.cache, page_table=state.cache.page_table[chosen], lengths=state.cache.lengths[chosen]
+        )
+        return np.asarray(logits(list(engine.leaves), part, state.tokens[chosen]))
+
+    together = of_rows(slice(None))
+    assert np.isfinite(together).all()
+    for chosen in (slice(0, 1), slice(8, 9), slice(16, 17), slice(3, 6), slice(5, 15)):
+        np.testing.assert_array_equal(of_rows(chosen), together[chosen])
+
+
+@pytest.mark.host
+def test_more_rows_than_a_call_takes(tmp_path):
+    """A batch of 128 through groups of 64 is the same texts as one after the other."""
+    engine = KoGPT.from_random(KERNEL_CONFIG, implementation="ffi", max_batch_size=128)
+    prompts = [prompt(1 + row % 16, row) for row in range(70)]
+    together = engine.generate_ids(prompts, greedy(6))
+    small = KoGPT(engine.config, engine.leaves, engine.mesh, implementation="reference", max_batch_size=8)
+    for completion, expected in zip(together, small.generate_ids(prompts, greedy(6)), strict=True):
+        assert completion.token_ids == expected.token_ids
+
+
+def test_an_unknown_choice_is_refused():
+    with small_model.unchecked_types(), pytest.raises(InputError, match="implementation must be one of .*, got 'fast'"):
+        resolve_ops(KERNEL_CONFIG, "fast", platform="cpu")  # type: ignore[arg-type]
