@@ -1,4 +1,5 @@
-// Rotary embedding, cache append and attention for one query token a row over paged keys and values.
+// Rotary embedding, cache append and attention for one query token a row over paged keys and
+// values.
 //
 // Raw pointers and a stream, or a loop over threads: no header of XLA or of another framework here.
 #ifndef CUSTOM_OPS_DECODE_ATTENTION_H_
@@ -12,10 +13,11 @@
 namespace kogpt {
 
 // For each row b with num_new[b] = 1 and each head n, with position p = lengths[b]:
-//   q, k: the first rotary_dim values of each head rotated, neighbours (2i, 2i + 1) by the angle of (cos, sin)[b, i],
-//         rounded to dtype
+//   q, k: the first rotary_dim values of each head rotated, neighbours (2i, 2i + 1) by the angle of
+//         (cos, sin)[b, i], rounded to dtype
 //   k and v are written to the row's page page_table[b, p / page_len] at offset p % page_len
-//   act[b, n * head_dim + h] = sum_j softmax_j(q . k_j / sqrt(head_dim)) v_jh over j = 0 .. p, softmax in f32
+//   act[b, n * head_dim + h] = sum_j softmax_j(q . k_j / sqrt(head_dim)) v_jh over j = 0 .. p
+//         softmax in f32
 // A row with num_new[b] = 0 leaves the cache as it is and gets zeros.
 struct DecodeAttentionParams {
   int64_t batch;
@@ -36,7 +38,7 @@ struct DecodeAttentionParams {
   const int32_t* page_table;  // [batch, max_pages]
   const int32_t* lengths;     // [batch] tokens in the cache before this one
   const int32_t* num_new;     // [batch] 0 or 1
-  void* act;                  // [batch, act_dim]: the first num_heads * head_dim columns are written
+  void* act;  // [batch, act_dim]: the first num_heads * head_dim columns are written
 
   // Scratch. partials: DecodeAttentionPartialsBytes.
   float* partials;

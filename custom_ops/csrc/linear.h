@@ -15,17 +15,18 @@ inline constexpr int kLinearMaxRows = 64;
 
 // A null pointer stands for an operand that is absent.
 //
-//   h   = LayerNorm(x) if ln_scale, else x;  times k_multiplier along k if there;  rounded to `dtype`
+//   h   = LayerNorm(x) if ln_scale, else x;  times k_multiplier along k if there
+//         rounded to `dtype`
 //   z_m = weight_scale_m * sum_k h_k weight_mk + bias_m
 //   outputs [0, gelu_from)             y   = z + residual
-//   outputs [gelu_from, num_outputs)   act = GELU(z), tanh form, in the last num_outputs - gelu_from columns
+//   outputs [gelu_from, num_outputs)   act = GELU(z), tanh form, in the last columns
 struct LinearParams {
-  int64_t rows;         // 1 to kLinearMaxRows
-  int64_t num_outputs;  // M
-  int64_t k_dim;        // K: a multiple of 8, of 16 with an INT8 weight
-  int64_t gelu_from;    // num_outputs: no GELU
-  int64_t act_dim;      // row length of `act`, at least num_outputs - gelu_from
-  DataType dtype;       // activations, bias, LayerNorm's scale and bias
+  int64_t rows;           // 1 to kLinearMaxRows
+  int64_t num_outputs;    // M
+  int64_t k_dim;          // K: a multiple of 8, of 16 with an INT8 weight
+  int64_t gelu_from;      // num_outputs: no GELU
+  int64_t act_dim;        // row length of `act`, at least num_outputs - gelu_from
+  DataType dtype;         // activations, bias, LayerNorm's scale and bias
   DataType weight_dtype;  // dtype or kInt8
   DataType x_dtype;       // dtype, or kFloat32 with LayerNorm
   DataType y_dtype;       // dtype or kFloat32
@@ -34,22 +35,25 @@ struct LinearParams {
   const void* x;              // [rows, k_dim] x_dtype
   const void* weight;         // [num_outputs, k_dim] weight_dtype
   const float* weight_scale;  // [num_outputs], INT8 only
-  const void* bias;           // [num_outputs] dtype; with GELU: [num_outputs - gelu_from], of those outputs alone
+  const void* bias;  // [num_outputs] dtype; with GELU: [num_outputs - gelu_from], of its outputs
   const void* ln_scale;       // [k_dim] dtype
   const void* ln_bias;        // [k_dim] dtype
   const float* k_multiplier;  // [k_dim]
   const float* residual;      // [rows, gelu_from]
 
-  void* y;    // [rows, gelu_from] y_dtype; null when gelu_from is 0
-  void* act;  // [rows, act_dim] dtype; columns before the last num_outputs - gelu_from stay as they are
+  void* y;  // [rows, gelu_from] y_dtype; null when gelu_from is 0
+  // [rows, act_dim] dtype; columns before the last num_outputs - gelu_from stay as they are.
+  void* act;
 
-  // Scratch. h: [rows, k_dim] dtype, needed with LayerNorm or k_multiplier. partials: LinearPartialsBytes.
+  // Scratch. h: [rows, k_dim] dtype, needed with LayerNorm or k_multiplier.
+  // partials: LinearPartialsBytes.
   void* h;
   float* partials;
   int64_t partials_bytes;
   int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA only
 
-  bool prefetch_weight;  // the weight may be read before the kernels ahead in the stream have finished
+  // The weight may be read before the kernels ahead in the stream have finished.
+  bool prefetch_weight;
 };
 
 // Returns null, or what is wrong with the parameters.

@@ -9,12 +9,14 @@ namespace kogpt {
 
 enum class DataType : int32_t { kFloat32, kFloat16, kBfloat16, kInt8 };
 
-// Ints in the semaphore array that an op's CUDA kernels count with. All zero before and after every kernel.
+// Ints in the semaphore array that an op's CUDA kernels count with. All zero before and after every
+// kernel.
 inline constexpr int64_t kNumSemaphores = 65536;
 
-// Calls body(begin, end) over disjoint ranges that cover [0, count), on several threads, and returns when all have
-// ended.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)>;
+// Calls body(begin, end) over disjoint ranges that cover [0, count), on several threads, and
+// returns when all have ended.
+using ParallelFor =
+    std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
 }  // namespace kogpt
 
