@@ -1,4 +1,5 @@
-// Whether parameters fit together: extents, types, and that what is needed is there. Scratch is the launchers' to check.
+// Whether parameters fit together: extents, types, and that what is needed is there. Scratch is the
+// launchers' to check.
 #include "decode_attention.h"
 #include "linear.h"
 
@@ -34,7 +35,8 @@ const char* CheckLinear(const LinearParams& params) {
     return "y must be f32 with a residual";
   }
   if (params.gelu_from < 0 || num_gelu < 0) return "gelu_from must be in [0, outputs of weight]";
-  if (num_gelu > 0 && params.act_dim < num_gelu) return "act must hold the outputs from gelu_from on";
+  if (num_gelu > 0 && params.act_dim < num_gelu)
+    return "act must hold the outputs from gelu_from on";
   if (params.x == nullptr || params.weight == nullptr) return "x and weight must be there";
   if (is_int8 != (params.weight_scale != nullptr)) {
     return "weight_scale belongs to an INT8 weight, and to no other";

@@ -1,4 +1,5 @@
-// Which instruction set the Host implementations use, and two C functions for `kogpt info` and for tests.
+// Which instruction set the Host implementations use, and two C functions for `kogpt info` and for
+// tests.
 #include "cpu_common.h"
 
 #include <atomic>
@@ -9,7 +10,8 @@ namespace {
 Isa DetectIsa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
     return Isa::kPortable;
   }
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -40,7 +42,8 @@ extern "C" KOGPT_EXPORT const char* KogptOpsHostIsa() {
   return kNames[static_cast<int>(kogpt::HostIsa())];
 }
 
-// Uses at most the given one of the names above, by its index, from the next call on; so that tests reach all of them.
+// Uses at most the given one of the names above, by its index, from the next call on; so that tests
+// reach all of them.
 extern "C" KOGPT_EXPORT void KogptOpsLimitHostIsa(int limit) {
   const int best = static_cast<int>(kogpt::DetectIsa());
   kogpt::LimitedIsa().store(limit < 0 ? 0 : limit < best ? limit : best, std::memory_order_relaxed);

@@ -12,7 +12,8 @@ namespace kogpt {
 // In rising order: a machine that has one has those before it.
 enum class Isa : int { kPortable, kAvx2, kAvx512 };
 
-// The best that the machine has, or less if it was limited. Every kernel is compiled once for each (for_each_isa.inc).
+// The best that the machine has, or less if it was limited. Every kernel is compiled once for each
+// (for_each_isa.inc).
 Isa HostIsa();
 
 inline int64_t ElementBytes(DataType dtype) {
@@ -50,7 +51,9 @@ inline uint16_t Float16FromFloat(float value) {
     result = 0x7e00;
   } else if (magnitude >= 0x477ff000) {  // 65520: halfway to what would be the next float16
     result = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the float16's bits, rounded, at the end
+  } else if (
+      magnitude <
+      0x38800000) {  // below 2^-14: adding 0.5 leaves the float16's bits, rounded, at the end
     result = BitsFromFloat(FloatFromBits(magnitude) + 0.5f) - 0x3f000000;
   } else {
     result = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (uint32_t{112} << 23)) >> 13;

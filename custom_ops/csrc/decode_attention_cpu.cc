@@ -1,4 +1,5 @@
-// `decode_attention` on a CPU: a head of a row is one piece of work, which appends its own key and value first.
+// `decode_attention` on a CPU: a head of a row is one piece of work, which appends its own key and
+// value first.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -15,7 +16,8 @@
 namespace kogpt {
 namespace {
 
-using DecodeHeads = void (*)(const DecodeAttentionParams& params, int64_t begin, int64_t end, float* scores);
+using DecodeHeads = void (*)(const DecodeAttentionParams& params, int64_t begin, int64_t end,
+                             float* scores);
 
 DecodeHeads KernelFor(Isa isa) {
 #if defined(__x86_64__)
