@@ -521,10 +521,8 @@ class KoGPT:
         scores = 2 * config.num_heads * min(q_len, model.QUERY_BLOCK) * q_len * 4
         needed = cache + batch * (q_len * widths + scores + 2 * num_logits * 4)
         if config.quant != "none":
-            # Before a product over whole sequences its weights are converted to the dtype, and its sums are f32.
-            outputs = 3 * config.model_dim + config.ffn_dim
-            needed += config.model_dim * max(outputs, config.vocab_size) * config.jax_dtype.itemsize
-            needed += batch * q_len * outputs * 4
+            # Of a product over whole sequences: a tile of its weights in the dtype, and the tile's sums in f32.
+            needed += model.TILE_SIZE * (config.jax_dtype.itemsize + batch * q_len * 4 // config.model_dim)
         return needed
 
     def _free_bytes(self) -> float:

@@ -35,6 +35,9 @@ DEFAULT_OPS = OpsConfig()
 # Longer prompts attend in blocks of this many queries, so that scores take [B, N, block, T] and not [B, N, T, T].
 QUERY_BLOCK = 512
 
+# Values of an INT8 matrix that are converted at a time, for a product with whole sequences.
+TILE_SIZE = 1 << 24
+
 # From a layer's local q, k, v to attention's output and what the phase keeps of the layer: its updated pages, or
 # nothing.
 Attend = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
@@ -246,10 +249,22 @@ def dense(
 
     INT8 values are exact in every dtype; their scales multiply the sums, so that nothing but the quantisation is lost.
     """
-    if isinstance(weight, QuantizedArray):
-        sums = product(x, weight.qvalue.astype(x.dtype), jnp.float32)
-        return (sums * weight.scale[:, 0]).astype(out_dtype)
-    return product(x, weight, out_dtype)
+    if not isinstance(weight, QuantizedArray):
+        return product(x, weight, out_dtype)
+    num_outputs, k_dim = weight.shape
+    # Tile by tile in a loop: converted as a whole, XLA would hold all layers' weights in the dtype at the same time.
+    tile = min(max(1, TILE_SIZE // k_dim), -(-num_outputs // 2))
+
+    def add_tile(i: Array, out: Array) -> Array:
+        first = jnp.minimum(i * tile, num_outputs - tile)  # the last tile may begin within the one before
+        qvalue = jax.lax.dynamic_slice_in_dim(weight.qvalue, first, tile)
+        scale = jax.lax.dynamic_slice_in_dim(weight.scale, first, tile)[:, 0]
+        sums = product(x, qvalue.astype(x.dtype), jnp.float32) * scale
+        return jax.lax.dynamic_update_slice_in_dim(out, sums.astype(out_dtype), first, axis=-1)
+
+    # All of it is overwritten. Made of x, or XLA would make that of all layers at the start.
+    out = jnp.broadcast_to((x[..., :1] * 0).astype(out_dtype), (*x.shape[:-1], num_outputs))
+    return jax.lax.fori_loop(0, -(-num_outputs // tile), add_tile, out)
 
 
 def decode_linear(

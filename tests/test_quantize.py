@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import pathlib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
@@ -16,10 +18,12 @@ from hash_weights import write_checkpoint
 from small_model import KERNEL_CONFIG, greedy, prompt
 from test_checkpoint import run_script
 
-from kogpt_jax import KoGPT, SamplingParams, checkpoint, model, quantized_cache
+from custom_ops import quantize_weight
+from kogpt_jax import KoGPT, SamplingParams, checkpoint, decoding, kv_cache, model, quantized_cache
 from kogpt_jax.config import ModelConfig, Quant
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
+from kogpt_jax.sampling import RowSampling
 from kogpt_jax.sharding import make_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -169,6 +173,35 @@ def test_logits_lose_no_more_than_quantising_costs(directory, dtype):
     assert error(engine.logits(tokens), expected) <= 1.1 * np.hypot(cost, of_dtype)
     if dtype == "fp32":
         tolerances.assert_close(engine.logits(tokens), oracle.logits(tokens), tolerances.LOGITS_VS_HF)
+
+
+@pytest.mark.parametrize("tile_size", [1, 1000, 5000, 1 << 24])
+def test_tiles_that_divide_nothing(monkeypatch, tile_size):
+    """Tiles of one output, of some, and of half of them."""
+    monkeypatch.setattr(model, "TILE_SIZE", tile_size)
+    rng = np.random.default_rng(0)
+    weight = quantize_weight(jnp.asarray(rng.normal(size=(37, 48)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(2, 5, 48)), jnp.float32)
+    expected = np.asarray(x, np.float64) @ (np.asarray(weight.qvalue, np.float64) * weight.scale).T
+    tolerances.assert_close(model.dense(x, weight, jnp.float32), expected, tolerances.MODULE["fp32"])
+    assert model.dense(x.astype(jnp.bfloat16), weight, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("phase", ["prefill", "score"])
+def test_no_more_than_a_layer_is_converted_at_a_time(phase):
+    """Temporary memory does not grow with the layers."""
+    temporary = []
+    for num_layers in (2, 5):
+        config = dataclasses.replace(KERNEL_CONFIG, num_layers=num_layers, model_dim=256, ffn_dim=1024, quant="w8a16")
+        mesh, definition = make_mesh(), model_def(config)
+        leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
+        args: tuple[Any, ...] = (np.zeros((1, 16), np.int32),)
+        if phase == "prefill":
+            ones, rows = np.ones(1, np.int32), RowSampling.from_params([SamplingParams(seed=0)])
+            args = (kv_cache.make_kv_cache(config, mesh, 1, 64), *args, ones, ones, np.zeros(1, bool), rows)
+        compiled = getattr(decoding, phase).lower(leaves, *args, definition=definition, mesh=mesh).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] - temporary[0] < 4 * 256 * 1024  # of a layer's 768k weights in f32
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("ffi", marks=pytest.mark.host)])
@@ -375,6 +408,20 @@ def test_host_memory_while_quantising(tmp_path):
 
 
 # -- The demo model ---------------------------------------------------------------------------------------------------
+
+
+def test_held_out_perplexity_of_the_demo_model():
+    """As measured by benchmarks/demo_quantized.py on these weights."""
+    results = REPOSITORY / "benchmarks" / "results"
+    measured = json.loads((results / "demo_quantized.json").read_text(encoding="utf-8"))
+    training = json.loads((results / "demo_training.json").read_text(encoding="utf-8"))
+    assert measured["weights_sha256"] == training["weights_sha256"]
+    assert set(measured["w8a16"]) == {"fp32", "fp16", "bf16"}
+    for dtype, result in measured["w8a16"].items():
+        print(dtype, result)
+        assert result["perplexity_fp32"] == pytest.approx(training["heldout"]["perplexity"], rel=1e-4)
+        assert result["perplexity"] == pytest.approx(result["perplexity_fp32"], rel=2e-3)
+        assert result["agreement"] > 0.97
 
 
 def test_the_demo_model_agrees_with_fp32_on_its_own_texts(monkeypatch):
