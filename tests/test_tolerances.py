@@ -49,3 +49,9 @@ def test_greedy_texts_may_part_at_a_tie_only() -> None:
         tolerances.assert_same_greedy([1, 2], [1, 2, 3], [0.1, 0.1, 0.1])
     with pytest.raises(AssertionError, match="step 1"):
         tolerances.assert_same_greedy([1, 5], [1, 2], [0.1, np.nan])
+
+
+def test_a_kernel_may_err_twice_as_much_as_its_reference_and_round_once() -> None:
+    for dtype, half_ulp in (("fp32", 2.0**-24), ("fp16", 2.0**-11), ("bf16", 2.0**-8)):
+        rule = tolerances.twice_the_references_error(1e-3, dtype)
+        assert rule.relative == 2e-3 + (half_ulp + 2.0**-20)
