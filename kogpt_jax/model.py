@@ -254,6 +254,8 @@ def dense(
     num_outputs, k_dim = weight.shape
     # Tile by tile in a loop: converted as a whole, XLA would hold all layers' weights in the dtype at the same time.
     tile = min(max(1, TILE_SIZE // k_dim), -(-num_outputs // 2))
+    if tile > 128:
+        tile -= tile % 128  # what tensor cores like
 
     def add_tile(i: Array, out: Array) -> Array:
         first = jnp.minimum(i * tile, num_outputs - tile)  # the last tile may begin within the one before

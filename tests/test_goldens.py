@@ -105,6 +105,26 @@ def test_greedy_text_of_a_ragged_batch(loaded: Loaded) -> None:
         check_completion(completion, loaded, index)
 
 
+# What the kernels take; the K of w_out is n_embd + n_inner.
+KERNEL_CASES = [
+    case
+    for case in CASES
+    if case.n_embd // case.n_head in (64, 128, 256) and (case.n_embd + (case.n_inner or 4 * case.n_embd)) % 8 == 0
+]
+
+
+@pytest.mark.host
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded", KERNEL_CASES, indirect=True, ids=lambda case: case.name)
+def test_greedy_text_through_the_kernels(loaded: Loaded) -> None:
+    """In f32, by the Host library: the tokens of Hugging Face, in a ragged batch."""
+    reference = loaded.engine
+    engine = KoGPT(reference.config, reference.leaves, reference.mesh, implementation="ffi")
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    for index, completion in enumerate(engine.generate_ids(loaded.case.prompts(), params)):
+        check_completion(completion, loaded, index)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "loaded", [case for case in CASES if case.eos_token_id is not None], indirect=True, ids=lambda case: case.name
