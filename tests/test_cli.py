@@ -328,6 +328,20 @@ def test_none_is_as_left_out(checkpoint):
     assert _output("generate", *options, "--quant", "none", "--kv-dtype", "none") == _output("generate", *options)
 
 
+def test_int8_weights(checkpoint):
+    options = ["--model", checkpoint, "--prompt", "나는", "--max-new-tokens", 5, "--quant", "w8a16"]
+    (expected,) = KoGPT.from_pretrained(checkpoint, quant="w8a16", keep_quantized=False).generate(
+        "나는", SamplingParams(max_new_tokens=5)
+    )
+    kept = json.loads(_output("info", "--json"))["quantized_cache"]
+    for option in ("--no-keep-quantized", "--keep-quantized"):
+        assert _output("generate", *options, option) == f"{expected.text}\n"
+        now = json.loads(_output("info", "--json"))["quantized_cache"]
+        assert now["models"] - kept["models"] == (option == "--keep-quantized")
+    result = _invoke("score", "--model", checkpoint, "--text", "나는 오늘", "--quant", "w8a16", "--format", "jsonl")
+    assert result.exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
