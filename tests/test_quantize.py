@@ -382,13 +382,14 @@ def test_of_two_processes_the_first_wins(directory, cache, caplog, monkeypatch):
 
 @pytest.mark.slow
 def test_host_memory_while_quantising(tmp_path):
-    """As while loading: twice the largest tensor and a fixed amount beyond the arrays that are kept."""
+    """As while loading: twice the largest tensor and a fixed amount beyond the arrays that are kept, most of it XLA's
+    compiler's (95 or 215 MB were seen, for models of 0.6 and 1.2 GB alike)."""
     script = """
         import pathlib, sys
         from benchmarks import bench_load
 
         directory = pathlib.Path(sys.argv[1])
-        config = bench_load.config_of_size(600e6, model_dim=1024, vocab_size=8000)
+        config = bench_load.config_of_size(900e6, model_dim=1024, vocab_size=8000)
         bench_load.write_checkpoint(directory / "model", config, seed=0)
         print(bench_load.largest_tensor_bytes(config))
     """
@@ -402,8 +403,8 @@ def test_host_memory_while_quantising(tmp_path):
     """
     for _ in range(2):  # quantised and kept, then loaded
         loaded, peak = map(int, run_script(script, tmp_path / "model", KOGPT_CACHE_DIR=str(tmp_path / "cache")).split())
-        assert loaded > 2 * largest + 160e6
-        assert peak <= 2 * largest + 160e6
+        assert loaded > 2 * largest + 260e6
+        assert peak <= 2 * largest + 260e6
     assert len(list((tmp_path / "cache" / "quantized").iterdir())) == 1
 
 
