@@ -1,0 +1,255 @@
+// What the CUDA kernels share: asynchronous copies, dependent launch, conversions, the launch itself.
+#ifndef CUSTOM_OPS_CUDA_COMMON_CUH_
+#define CUSTOM_OPS_CUDA_COMMON_CUH_
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "op_common.h"
+
+namespace kogpt {
+
+inline constexpr int kWarpSize = 32;
+
+// Loads and stores of what other kernels write go to L2 (__ldcg and the like): under dependent launch a kernel starts
+// while the one ahead still writes, so that L1 might keep an older value.
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes to shared memory asynchronously, or writes 16 zero bytes when not `is_valid`.
+__device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, bool is_valid) {
+  const int bytes = is_valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void CopyAsyncCommit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most `kPending` of this thread's committed groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+// Barriers in shared memory and the tensor copies that complete on them (PTX ISA, mbarrier and cp.async.bulk.tensor).
+__device__ __forceinline__ void BarrierInit(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void BarrierArriveExpecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Waits until the barrier's phase of this parity is complete.
+__device__ __forceinline__ void BarrierWait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra WAIT;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies a box of a two-dimensional array; what lies outside of the array comes as zeros.
+__device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap& map, int column,
+                                        int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+#endif
+
+// Programmatic dependent launch (CUDA C++ Programming Guide): the next kernel in the stream may start once every block
+// of this one has called LaunchDependents; it sees what this one wrote after its own WaitForDependency. Without
+// hardware for it (before sm_90) kernels run one after the other and both do nothing.
+__device__ __forceinline__ void WaitForDependency() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void LaunchDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float ToFloat(float value) { return value; }
+__device__ __forceinline__ float ToFloat(__half value) { return __half2float(value); }
+__device__ __forceinline__ float ToFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T FromFloat(float value);
+template <>
+__device__ __forceinline__ float FromFloat<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half FromFloat<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// Two 16-bit values in one register.
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__half> {
+  using Type = __half2;
+  static __device__ __forceinline__ float2 ToFloats(uint32_t bits) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+  }
+  static __device__ __forceinline__ uint32_t FromFloats(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+  static __device__ __forceinline__ float2 ToFloats(uint32_t bits) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+  }
+  static __device__ __forceinline__ uint32_t FromFloats(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+};
+
+// Eight 16-bit values to f32.
+template <typename T>
+__device__ __forceinline__ void Unpack(uint4 bits, float (&values)[8]) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = Pair<T>::ToFloats(words[i]);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 Pack(const float (&values)[8]) {
+  return make_uint4(
+      Pair<T>::FromFloats(values[0], values[1]), Pair<T>::FromFloats(values[2], values[3]),
+      Pair<T>::FromFloats(values[4], values[5]), Pair<T>::FromFloats(values[6], values[7]));
+}
+
+inline const char* MessageOf(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// What a launch needs to know of a kernel; asked of the driver once per kernel and device.
+struct KernelTraits {
+  cudaError_t error = cudaErrorUnknown;
+  bool is_hopper = false;  // compiled for sm_90 or newer: dependent launch and tensor copies
+  int num_multiprocessors = 0;
+};
+
+// Finds out how `kKernel` was compiled, and lets it have shared_bytes(is_hopper) of dynamic shared memory. A kernel that runs from
+// PTX older than sm_90 has no instruction that waits for the kernel ahead, and must not start early.
+template <auto kKernel, typename SharedBytes>
+const KernelTraits& TraitsOf(SharedBytes shared_bytes) {
+  constexpr int kMaxDevices = 64;
+  struct Entry {
+    KernelTraits traits;
+    bool is_known = false;
+  };
+  thread_local Entry entries[kMaxDevices];
+  static const KernelTraits no_device;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return no_device;
+  Entry& entry = entries[device];
+  if (!entry.is_known) {
+    KernelTraits& traits = entry.traits;
+    cudaFuncAttributes attributes;
+    traits.error = cudaFuncGetAttributes(&attributes, kKernel);
+    if (traits.error == cudaSuccess) {
+      traits.is_hopper = attributes.ptxVersion >= 90;
+      traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          shared_bytes(traits.is_hopper));
+    }
+    if (traits.error == cudaSuccess) {
+      // The same split of L1 and shared memory for all kernels, or one could not start beside another.
+      traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared);
+    }
+    if (traits.error == cudaSuccess) {
+      traits.error = cudaDeviceGetAttribute(&traits.num_multiprocessors,
+                                            cudaDevAttrMultiProcessorCount, device);
+    }
+    entry.is_known = traits.error == cudaSuccess;
+  }
+  return entry.traits;
+}
+
+template <auto kKernel, typename Args>
+cudaError_t Launch(const KernelTraits& traits, dim3 grid, int threads, int shared_bytes,
+                   cudaStream_t stream, const Args& args) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = traits.is_hopper ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, args);
+}
+
+// Describes a row-major array [rows, columns] of 1- or 2-byte values to the tensor copies, in boxes of 128 bytes of
+// `box_rows` rows whose 16-byte pieces are swizzled: piece p of row r lies at p ^ (r % 8). Returns null or a message.
+inline const char* DescribeBoxes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
+                                 int value_bytes, int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<Encode>(function)
+               : nullptr;
+  }();
+  if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns * value_bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / value_bytes),
+                             static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t element_strides[2] = {1, 1};
+  const CUresult result =
+      encode(map, value_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
+             2, const_cast<void*>(data), sizes, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled failed";
+}
+
+}  // namespace kogpt
+
+#endif  // CUSTOM_OPS_CUDA_COMMON_CUH_
