@@ -14,7 +14,7 @@ BUILD_OPS := sh scripts/build_ops.sh
 CPP_FILES := $(wildcard $(addprefix custom_ops/csrc/*.,h cc cu cuh inc))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ops ops-cuda test lint format typecheck oracle test-gpu test-multigpu lock clean
+.PHONY: help demo ops ops-cuda test lint format typecheck oracle test-gpu check-kernels test-multigpu lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -61,6 +61,14 @@ test-gpu: ## run the tests that need one NVIDIA GPU
 	@$(ENVIRONMENT) $(VENV) test cuda
 	@$(BUILD_OPS) $(VENV) cuda
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check-kernels: ## run the CUDA kernels without JAX over the tests' shapes, alone and under compute-sanitizer
+	@$(ENVIRONMENT) $(VENV) runtime
+	cmake -S custom_ops/csrc -B build/driver -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DKOGPT_HOST=OFF -DKOGPT_CUDA=ON -DKOGPT_DRIVER=ON
+	cmake --build build/driver --target ops_driver
+	build/driver/ops_driver check tests/op_shapes.txt
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
+	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 
 test-multigpu: ## run the tests that need several NVIDIA GPUs
 	@$(ENVIRONMENT) $(VENV) test cuda

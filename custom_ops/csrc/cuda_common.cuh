@@ -1,4 +1,5 @@
-// What the CUDA kernels share: asynchronous copies, dependent launch, conversions, the launch itself.
+// What the CUDA kernels share: asynchronous copies, dependent launch, conversions, the launch
+// itself.
 #ifndef CUSTOM_OPS_CUDA_COMMON_CUH_
 #define CUSTOM_OPS_CUDA_COMMON_CUH_
 
@@ -15,8 +16,8 @@ namespace kogpt {
 
 inline constexpr int kWarpSize = 32;
 
-// Loads and stores of what other kernels write go to L2 (__ldcg and the like): under dependent launch a kernel starts
-// while the one ahead still writes, so that L1 might keep an older value.
+// Loads and stores of what other kernels write go to L2 (__ldcg and the like): under dependent
+// launch a kernel starts while the one ahead still writes, so that L1 might keep an older value.
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -41,7 +42,8 @@ __device__ __forceinline__ void CopyAsyncWait() {
 }
 
 #if __CUDA_ARCH__ >= 900
-// Barriers in shared memory and the tensor copies that complete on them (PTX ISA, mbarrier and cp.async.bulk.tensor).
+// Barriers in shared memory and the tensor copies that complete on them (PTX ISA, mbarrier and
+// cp.async.bulk.tensor).
 __device__ __forceinline__ void BarrierInit(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -79,9 +81,10 @@ __device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap& map,
 }
 #endif
 
-// Programmatic dependent launch (CUDA C++ Programming Guide): the next kernel in the stream may start once every block
-// of this one has called LaunchDependents; it sees what this one wrote after its own WaitForDependency. Without
-// hardware for it (before sm_90) kernels run one after the other and both do nothing.
+// Programmatic dependent launch (CUDA C++ Programming Guide): the next kernel in the stream may
+// start once every block of this one has called LaunchDependents; it sees what this one wrote after
+// its own WaitForDependency. Without hardware for it (before sm_90) kernels run one after the other
+// and both do nothing.
 __device__ __forceinline__ void WaitForDependency() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
@@ -169,8 +172,9 @@ struct KernelTraits {
   int num_multiprocessors = 0;
 };
 
-// Finds out how `kKernel` was compiled, and lets it have shared_bytes(is_hopper) of dynamic shared memory. A kernel that runs from
-// PTX older than sm_90 has no instruction that waits for the kernel ahead, and must not start early.
+// Finds out how `kKernel` was compiled, and lets it have shared_bytes(is_hopper) of dynamic shared
+// memory. A kernel that runs from PTX older than sm_90 has no instruction that waits for the kernel
+// ahead, and must not start early.
 template <auto kKernel, typename SharedBytes>
 const KernelTraits& TraitsOf(SharedBytes shared_bytes) {
   constexpr int kMaxDevices = 64;
@@ -191,11 +195,6 @@ const KernelTraits& TraitsOf(SharedBytes shared_bytes) {
       traits.is_hopper = attributes.ptxVersion >= 90;
       traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           shared_bytes(traits.is_hopper));
-    }
-    if (traits.error == cudaSuccess) {
-      // The same split of L1 and shared memory for all kernels, or one could not start beside another.
-      traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                          cudaSharedmemCarveoutMaxShared);
     }
     if (traits.error == cudaSuccess) {
       traits.error = cudaDeviceGetAttribute(&traits.num_multiprocessors,
@@ -222,8 +221,9 @@ cudaError_t Launch(const KernelTraits& traits, dim3 grid, int threads, int share
   return cudaLaunchKernelEx(&config, kKernel, args);
 }
 
-// Describes a row-major array [rows, columns] of 1- or 2-byte values to the tensor copies, in boxes of 128 bytes of
-// `box_rows` rows whose 16-byte pieces are swizzled: piece p of row r lies at p ^ (r % 8). Returns null or a message.
+// Describes a row-major array [rows, columns] of 1- or 2-byte values to the tensor copies, in boxes
+// of 128 bytes of `box_rows` rows whose 16-byte pieces are swizzled: piece p of row r lies at p ^
+// (r % 8). Returns null or a message.
 inline const char* DescribeBoxes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
                                  int value_bytes, int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);

@@ -1,13 +1,16 @@
 // Attention of one new token a row over paged keys and values, bound by reading the cache once.
 //
-//   work      a block takes 64 keys of one head of one row (a split), a warp 8 of them: 8 keys of a head lie together in
-//             their page, so that a warp reads whole pieces of 16 bytes a lane and has all of them, keys and values,
-//             under way before it uses the first. With one query a head there is nothing for the tensor cores to do.
-//   new token the block whose split it falls into takes it from qkv, and writes it to its page.
-//   combining each split leaves its maximum, its sum and its unnormalised output in scratch; the block that finishes a
-//             head last adds them in order (flash-decoding, Dao et al. 2023; online softmax, Milakov and Gimelshein
-//             2018). A block that has a head to itself adds the same splits in the same order without going through memory.
-//             Splits are 64 keys whatever the batch, so a row's result does not depend on its neighbours.
+//   work      a block takes 64 keys of one head of one row (a split), a warp 8 of them: 8 keys of a
+//             head lie together in their page, so that a warp reads whole pieces of 16 bytes a lane
+//             and has all of them, keys and values, under way before it uses the first. With one
+//             query a head there is nothing for the tensor cores to do.
+//   new       the block whose split the new token falls into takes it from qkv, and writes it to
+//             its page.
+//   combine   each split leaves its maximum, its sum and its unnormalised output in scratch; the
+//             block that finishes a head last adds them in order (flash-decoding, Dao et al. 2023;
+//             online softmax, Milakov and Gimelshein 2018). A block that has a head to itself adds
+//             the same splits in the same order without going through memory. Splits are 64 keys
+//             whatever the batch, so a row's result does not depend on its neighbours.
 //
 // Limits: head_dim 64, 128 or 256; pages of a multiple of 16 tokens.
 
@@ -23,8 +26,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpKeys = 8;
 constexpr int kSplitKeys = kWarps * kWarpKeys;
-constexpr int kEnoughBlocks =
-    1056;  // to keep the device busy; more splits than that are looped over
+constexpr int kBlocksPerMultiprocessor = 2;  // that run at once
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct KernelArgs {
@@ -61,7 +63,8 @@ __device__ __forceinline__ uint4 Rotate(uint4 bits, const float (&cos)[4], const
   return Pack<T>(rotated);
 }
 
-// Part of a softmax-weighted sum: exp2 of the scores less their maximum, summed, and times the values.
+// Part of a softmax-weighted sum: exp2 of the scores less their maximum, summed, and times the
+// values.
 struct Softmax {
   float maximum = -INFINITY;
   float sum = 0.0f;
@@ -78,7 +81,7 @@ struct Softmax {
 };
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     DecodeAttentionKernel(const __grid_constant__ KernelArgs args) {
   constexpr int kLanesPerKey = kHeadDim / 8;
   constexpr int kKeysPerLoad = kWarpSize / kLanesPerKey;
@@ -190,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       scores[i] = first_key + i * kKeysPerLoad + lane_key <= position ? score : -INFINITY;
       maximum = fmaxf(maximum, scores[i]);
     }
-    // The next split's keys come while this one's values are summed, its values while the warps meet.
+    // The next split's keys come while this one's values are summed, its values while the warps
+    // meet.
     const int next = split + gridDim.x;
     if (next < num_splits) {
       offset = cache_offset(next);
@@ -312,7 +316,11 @@ const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t s
   args.act_dim = static_cast<int>(params.act_dim);
   args.log2_scale = kLog2E / sqrtf(static_cast<float>(kHeadDim));
   const int64_t blocks_per_split = params.batch * params.num_heads;
-  const int64_t splits = std::clamp<int64_t>(kEnoughBlocks / blocks_per_split, 1, SplitsOf(params));
+  // As many blocks as run at once, if there is work for them: more would wait, and a head that a
+  // block has to itself needs no scratch.
+  const int64_t splits =
+      std::clamp<int64_t>(kBlocksPerMultiprocessor * traits.num_multiprocessors / blocks_per_split,
+                          1, SplitsOf(params));
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(params.num_heads),
                   static_cast<unsigned>(params.batch));
   return MessageOf(Launch<kKernel>(traits, grid, kThreads, 0, stream, args));

@@ -1,9 +1,14 @@
-// Runs the CUDA kernels without JAX: for compute-sanitizer and ncu, and to time a token's kernels alone.
+// Runs the CUDA kernels without JAX: for compute-sanitizer and ncu, and to time a token's kernels
+// alone.
 //
-//   ops_driver check FILE            every case of tests/op_shapes.txt against sums in double; each case twice, bit-equal
-//   ops_driver token [key=value ...] one decode step of a model as it runs in a loop: rows, context, layers, weight
-//                                    (bf16 | int8), graph (0 | 1)
-//   ops_driver ops [key=value ...]   each op of a step alone, over the weights and caches of all layers
+//   ops_driver check FILE             every case of tests/op_shapes.txt against sums in double, each
+//                                     twice, bit-equal
+//   ops_driver token [key=value ...]  one decode step of a model, as often as it takes
+//   ops_driver ops [key=value ...]    each op of a step alone, over the weights and caches of all
+//                                     layers
+//
+// token and ops take rows, context, capacity, layers, model_dim, ffn_dim, head_dim, vocab, weight
+// (bf16 or int8), graph (0 or 1) and prefetch (0 or 1).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -50,7 +55,8 @@ Options ParseOptions(std::istream& words) {
   return options;
 }
 
-// An option that the code looks up, or its default. What is never looked up is an error: see `RequireAllUsed`.
+// An option that the code looks up, or its default. What is never looked up is an error: see
+// `RequireAllUsed`.
 class Case {
  public:
   explicit Case(Options options) : options_(std::move(options)) {}
@@ -190,7 +196,8 @@ void RequireSemaphoresZero() {
   }
 }
 
-// Largest difference over the largest reference value; NaN where they disagree about what is written.
+// Largest difference over the largest reference value; NaN where they disagree about what is
+// written.
 double RelativeError(const std::vector<double>& actual, const std::vector<double>& expected) {
   double error = 0, largest = 1e-30;
   for (size_t i = 0; i < expected.size(); ++i) {
@@ -425,7 +432,8 @@ double CheckDecodeAttentionCase(Case options) {
       }
     }
   }
-  // The appended token may differ in its last bit, where a rotated value lies between two; nothing else may change.
+  // The appended token may differ in its last bit, where a rotated value lies between two; nothing
+  // else may change.
   return std::max({RelativeError(act_values, expected), RelativeError(k_values, k_start),
                    RelativeError(v_values, v_start)});
 }

@@ -1,16 +1,18 @@
 // Decode-sized products on tensor cores, bound by reading the weight once.
 //
-// The weight is the m16n8k16 instruction's A operand (outputs x k), the activations its B operand (k x rows), so that 1
-// to 64 rows are 1, 2, 4 or 8 tiles of 8 columns and nothing else changes: an output's sum is taken in the same order
-// whatever the number of rows.
+// The weight is the m16n8k16 instruction's A operand (outputs x k), the activations its B operand
+// (k x rows), so that 1 to 64 rows are 1, 2, 4 or 8 tiles of 8 columns and nothing else changes: an
+// output's sum is taken in the same order whatever the number of rows.
 //
-//   work      tiles of 128 outputs x all of K, cut along K into chunks; block i of the grid takes the i-th equal share of
-//             all chunks in order, so every multiprocessor reads the same number of bytes (stream-K, Osama et al. 2023).
-//             A tile that several blocks share is added up by the one that has its first chunk, in the order of k.
-//   a chunk   goes through a ring in shared memory. On Hopper one thread fills it with tensor copies and eight warps
-//             multiply; before Hopper the eight warps copy too.
-//   launch    a block that has ended makes room for one of the next kernel, which fills its ring while slower blocks of
-//             this kernel, or an attention between the two products, still run.
+//   work      tiles of 128 outputs x all of K, cut along K into chunks; block i of the grid takes
+//             the i-th equal share of all chunks in order, so every multiprocessor reads the same
+//             number of bytes (stream-K, Osama et al. 2023). A tile that several blocks share is
+//             added up by the one that has its first chunk, in the order of k.
+//   a chunk   goes through a ring in shared memory. On Hopper one thread fills it with tensor
+//             copies and eight warps multiply; before Hopper the eight warps copy too.
+//   launch    a block that has ended makes room for one of the next kernel, which fills its ring
+//             while slower blocks of this kernel, or an attention between the two products, still
+//             run.
 //
 // Limits: K a multiple of 8 (16 with an INT8 weight), 16-bit activations.
 
@@ -32,14 +34,15 @@ constexpr int kTileRows = 8;
 constexpr int kMaxGrid = 192;        // bounds the partial sums' scratch
 constexpr int kMaxChunks = 1 << 22;  // so that shares are counted in 32 bits
 
-// A chunk is boxes of 128 bytes of each row: of the weight, on Hopper two of them so that device memory is read in pieces
-// of 256 bytes, and of the activations that meet it.
+// A chunk is boxes of 128 bytes of each row: of the weight, on Hopper two of them so that device
+// memory is read in pieces of 256 bytes, and of the activations that meet it.
 constexpr int kBoxRowBytes = 128;
 constexpr int kWeightBoxBytes = kTileOutputs * kBoxRowBytes;
 constexpr int kRingAlignment = 1024;  // of a swizzled box
 
-// Sizes of the ring. On Hopper it takes nearly all shared memory of a multiprocessor: what is under way there goes on
-// coming while the next kernel's blocks start. 96 KiB fit every GPU from compute capability 8.0 on.
+// Sizes of the ring. On Hopper it takes nearly all shared memory of a multiprocessor: what is under
+// way there goes on coming while the next kernel's blocks start. 96 KiB fit every GPU from compute
+// capability 8.0 on.
 template <typename Weight, int kRowTiles, bool kIsHopper>
 struct Ring {
   static constexpr int kWeightBoxes = kIsHopper ? 2 : 1;
@@ -104,7 +107,8 @@ struct Widened {
                                      __half2(__half_raw{0x6480}, __half_raw{0x6480}));
         words[i] = *reinterpret_cast<const uint32_t*>(&pair);
       } else {
-        // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to subtract into 256.
+        // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to
+        // subtract into 256.
         const uint32_t raised = __byte_perm(bytes[i / 2], 0x43434343u, selector);
         const uint32_t low = raised & 0xff7fff7fu;
         const uint32_t offset = raised & 0xff80ff80u;
@@ -133,7 +137,8 @@ __device__ __forceinline__ void MultiplyAdd(float (&sums)[4], const uint32_t (&a
   }
 }
 
-// tanh form: x / 2 (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3); Hendrycks and Gimpel 2016.
+// tanh form: x / 2 (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3);
+// Hendrycks and Gimpel 2016.
 __device__ __forceinline__ float Gelu(float x) {
   const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
   return x / (1.0f + __expf(-2.0f * u));
@@ -163,9 +168,10 @@ __device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
   return value;
 }
 
-// What a lane multiplies in one step is 32 k of 16 outputs' weights and of all rows' activations. 16-bit weights and
-// their activations come as the instruction names them. Of 64 INT8 weights of a row lane t takes 16 neighbouring ones
-// instead, for two steps, and the activations that belong to them: a sum may visit k in any order.
+// What a lane multiplies in one step is 32 k of 16 outputs' weights and of all rows' activations.
+// 16-bit weights and their activations come as the instruction names them. Of 64 INT8 weights of a
+// row lane t takes 16 neighbouring ones instead, for two steps, and the activations that belong to
+// them: a sum may visit k in any order.
 template <typename Weight>
 constexpr int kStepsPerBox = kBoxRowBytes / static_cast<int>(sizeof(Weight)) / 32;
 
@@ -203,8 +209,8 @@ __device__ __forceinline__ void LoadActivations(uint32_t stage, int step, uint4 
   }
 }
 
-// sums += the products of steps kStep, kStep + 1, ... of the chunk in the stage at `stage`. One step's operands are
-// multiplied while the next one's are loaded; the caller loads the first.
+// sums += the products of steps kStep, kStep + 1, ... of the chunk in the stage at `stage`. One
+// step's operands are multiplied while the next one's are loaded; the caller loads the first.
 template <typename T, typename Weight, int kRowTiles, int kStep>
 __device__ __forceinline__ void MultiplySteps(uint32_t stage, uint4 (&weights)[2][2],
                                               uint4 (&x)[2][kRowTiles],
@@ -219,7 +225,8 @@ __device__ __forceinline__ void MultiplySteps(uint32_t stage, uint4 (&weights)[2
     LoadActivations<Weight>(stage, kNext, x[kNext % 2]);
   }
   const uint4(&now)[2] = weights[kStep / kStepsPerLoad % 2];
-  // A operands of the step's two instructions: top and bottom eight outputs, low and high half of k.
+  // A operands of the step's two instructions: top and bottom eight outputs, low and high half of
+  // k.
   uint32_t a[2][4];
   if constexpr (sizeof(Weight) == 1) {
     constexpr bool kIsEven = kStep % 2 == 0;
@@ -277,26 +284,37 @@ __device__ __forceinline__ OutputTerms LoadOutputTerms(const KernelArgs& args, i
   return terms;
 }
 
-// Writes this warp's outputs of a finished tile.
-template <typename T, int kRowTiles>
-__device__ void Finish(const KernelArgs& args, int first_output, const OutputTerms& terms,
-                       const float (&sums)[kRowTiles][4]) {
+// Calls body(i, m, row) for each of this lane's sums of a tile that are outputs: sum i is output m
+// of row `row`.
+template <int kRowTiles, typename Body>
+__device__ __forceinline__ void ForEachOutput(const KernelArgs& args, int first_output,
+                                              Body&& body) {
   const int lane = threadIdx.x % kWarpSize;
-  const auto for_each = [&](auto&& body) {
 #pragma unroll
-    for (int i = 0; i < kRowTiles * 4; ++i) {
-      const int m = first_output + lane / 4 + i % 4 / 2 * 8;
-      const int row = i / 4 * kTileRows + lane % 4 * 2 + i % 2;
-      if (m < args.num_outputs && row < args.rows) body(i, m, row);
-    }
-  };
-  float residual[kRowTiles * 4];  // all loads before the first store
-  for_each([&](int i, int m, int row) {
+  for (int i = 0; i < kRowTiles * 4; ++i) {
+    const int m = first_output + lane / 4 + i % 4 / 2 * 8;
+    const int row = i / 4 * kTileRows + lane % 4 * 2 + i % 2;
+    if (m < args.num_outputs && row < args.rows) body(i, m, row);
+  }
+}
+
+template <int kRowTiles>
+__device__ __forceinline__ void LoadResidual(const KernelArgs& args, int first_output,
+                                             float (&residual)[kRowTiles * 4]) {
+  ForEachOutput<kRowTiles>(args, first_output, [&](int i, int m, int row) {
     residual[i] = args.residual != nullptr && m < args.gelu_from
                       ? __ldcg(args.residual + static_cast<int64_t>(row) * args.gelu_from + m)
                       : 0.0f;
   });
-  for_each([&](int i, int m, int row) {
+}
+
+// Writes this warp's outputs of a finished tile.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void Finish(const KernelArgs& args, int first_output,
+                                       const OutputTerms& terms,
+                                       const float (&residual)[kRowTiles * 4],
+                                       const float (&sums)[kRowTiles][4]) {
+  ForEachOutput<kRowTiles>(args, first_output, [&](int i, int m, int row) {
     const int half = i % 4 / 2;
     const float value = sums[i / 4][i % 4] * terms.scale[half] + terms.bias[half] + residual[i];
     if (m >= args.gelu_from) {
@@ -333,15 +351,14 @@ __device__ void SendPart(const KernelArgs& args, int share, const float (&sums)[
   float* part = PartOf<kRowTiles>(args, share);
 #pragma unroll
   for (int i = 0; i < kRowTiles * 4; ++i) __stcg(part + i * kThreads, sums[i / 4][i % 4]);
-  __threadfence();
-  __syncwarp();
+  __syncwarp();  // the release below covers what the other lanes have written
   if (threadIdx.x % kWarpSize == 0) {
     asm volatile("st.release.gpu.global.s32 [%0], 1;\n" ::"l"(SemaphoreOf(args, share)) : "memory");
   }
 }
 
-// Adds this warp's parts of the shares after `share` that begin before chunk `tile_end`, in order, and leaves their
-// semaphores zero.
+// Adds this warp's parts of the shares after `share` that begin before chunk `tile_end`, in order,
+// and leaves their semaphores zero.
 template <int kRowTiles>
 __device__ void ReceiveParts(const KernelArgs& args, int share, int tile_end,
                              float (&sums)[kRowTiles][4]) {
@@ -498,7 +515,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using Ring = DeviceRing<Weight, kRowTiles>;
   const uint32_t ring =
       (SharedAddress(shared) + kRingAlignment - 1) / kRingAlignment * kRingAlignment;
-  // The last share goes to the first block: a block waits only for later shares, so for blocks that started before it.
+  // The last share goes to the first block: a block waits only for later shares, so for blocks that
+  // started before it.
   const int share = gridDim.x - 1 - blockIdx.x;
   const int begin = FirstChunk(args, share);
   const int end = FirstChunk(args, share + 1);
@@ -564,8 +582,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (tile_begin < begin) {
       SendPart<kRowTiles>(args, share, sums);
     } else {
+      float residual[kRowTiles * 4];
+      LoadResidual<kRowTiles>(args, first_output, residual);
       ReceiveParts<kRowTiles>(args, share, tile_begin + args.chunks_per_tile, sums);
-      Finish<T, kRowTiles>(args, first_output, terms, sums);
+      Finish<T, kRowTiles>(args, first_output, terms, residual, sums);
     }
 #pragma unroll
     for (int i = 0; i < kRowTiles * 4; ++i) sums[i / 4][i % 4] = 0.0f;
@@ -602,8 +622,8 @@ __device__ __forceinline__ float SumOfBlock(float value, float* shared) {
   return sum;
 }
 
-// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row. In f32: mean first, then the mean square
-// of what is left.
+// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row. In f32: mean first,
+// then the mean square of what is left.
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads)
     PrepareKernel(const __grid_constant__ PrepareArgs args) {
