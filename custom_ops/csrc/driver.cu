@@ -1,8 +1,8 @@
 // Runs the CUDA kernels without JAX: for compute-sanitizer and ncu, and to time a token's kernels
 // alone.
 //
-//   ops_driver check FILE             every case of tests/op_shapes.txt against sums in double, each
-//                                     twice, bit-equal
+//   ops_driver check FILE             every case of tests/op_shapes.txt against sums in double,
+//                                     each twice, bit-equal
 //   ops_driver token [key=value ...]  one decode step of a model, as often as it takes
 //   ops_driver ops [key=value ...]    each op of a step alone, over the weights and caches of all
 //                                     layers
