@@ -59,12 +59,14 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
             model = definition.merge(leaves)
             lengths = jnp.full(batch, PROMPT_LEN, jnp.int32)
             hidden, cache = model.prefill(tokens[:, :PROMPT_LEN], lengths, cache)
-            logits = [model.logits(hidden)]
             num_new = jnp.ones(batch, jnp.int32)
-            for step in range(NUM_STEPS):
-                out, cache, semaphores = model.decode_step(tokens[:, PROMPT_LEN + step], num_new, cache, semaphores)
-                logits.append(out)
-            return jnp.stack(logits, axis=1)
+
+            def step(carry, token):
+                logits, *carry = model.decode_step(token, num_new, *carry)
+                return carry, logits
+
+            _, logits = jax.lax.scan(step, [cache, semaphores], tokens[:, PROMPT_LEN:].T)
+            return jnp.concatenate([model.logits(hidden)[:, None], logits.swapaxes(0, 1)], axis=1)
 
         specs = decoding._state_specs(definition)
         return jax.shard_map(
