@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--weight", choices=WEIGHTS, nargs="+", default=list(WEIGHTS))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--limit-s", type=float, default=240.0, help="start no case after so many seconds")
+    parser.add_argument("--limit-s", type=float, default=110.0, help="start no case after so many seconds")
     parser.add_argument("--json", type=pathlib.Path, help="write the result here, after each case anew")
     arguments = parser.parse_args()
 
