@@ -38,7 +38,7 @@ constexpr int kMaxChunks = 1 << 20;  // so that shares are counted in 32 bits
 // multiprocessors that were done first: on an H100 a fifth of them reads a third faster than the
 // others.
 constexpr int kBlocksPerLargeShare = 5;
-constexpr uint32_t kLargeShare = 10;
+constexpr uint32_t kLargeShare = 8;
 constexpr uint32_t kSmallShare = 8;
 
 // A chunk is boxes of 128 bytes of each row: of the weight, on Hopper two of them so that device
