@@ -94,7 +94,7 @@ def prefill(
         return state, _emitted(new_tokens[:, None], logprobs[:, None], state)
 
     state = DecodeState(cache, lengths, max_new_tokens, ignore_eos, sampling, make_semaphores())
-    specs = _state_specs(definition)
+    specs = _state_specs(definition, sampling)
     return jax.shard_map(
         local,
         mesh=mesh,
@@ -127,7 +127,7 @@ def decode_loop(
         state, tokens, logprobs = jax.lax.fori_loop(0, num_steps, step, (state, no_tokens, no_logprobs))
         return state, _emitted(tokens, logprobs, state)
 
-    specs = _state_specs(definition)
+    specs = _state_specs(definition, state.sampling)
     return jax.shard_map(
         local,
         mesh=mesh,
@@ -203,13 +203,13 @@ def _emitted(tokens: Array, logprobs: Array, state: DecodeState) -> Emitted:
     return Emitted(tokens, logprobs, num_running == 0)
 
 
-def _state_specs(definition: ModelDef) -> DecodeState:
+def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
     return DecodeState(
         cache=cache_specs(definition.config.num_layers),
         tokens=_ROWS,
         num_remaining=_ROWS,
         ignore_eos=_ROWS,
-        sampling=RowSampling(_ROWS, _ROWS, _ROWS, _ROWS, _ROWS),
+        sampling=jax.tree.map(lambda _: _ROWS, sampling),
         semaphores=_REPLICATED,  # each device has its own
     )
 

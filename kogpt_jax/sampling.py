@@ -65,18 +65,25 @@ class SamplingParams:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["temperature", "top_k", "top_p", "min_p", "seed"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "min_p", "seed"],
+    meta_fields=["is_greedy"],
 )
 @dataclasses.dataclass(frozen=True)
 @no_type_check  # JAX puts other things than arrays into the same structure, partitions for one
 class RowSampling:
-    """`SamplingParams` of a batch, an array per parameter."""
+    """`SamplingParams` of a batch, an array per parameter.
+
+    ``is_greedy`` says that no row draws its tokens. It is static, so that a batch of greedy rows runs a program of its
+    own without the sort: a `lax.cond` on the device would make the host wait for its predicate every step.
+    """
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
     seed: UInt[Array, " B"]
+    is_greedy: bool
 
     @classmethod
     def from_params(cls, rows: Sequence[SamplingParams]) -> "RowSampling":
@@ -88,6 +95,7 @@ class RowSampling:
             top_p=jnp.asarray(np.array([row.top_p for row in rows], np.float32)),
             min_p=jnp.asarray(np.array([row.min_p for row in rows], np.float32)),
             seed=jnp.asarray(np.array(seeds, np.uint32)),
+            is_greedy=all(row.temperature == 0 for row in rows),
         )
 
 
@@ -107,9 +115,10 @@ def sample(
     """
     with jax.named_scope("sample"):
         most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        # A batch of greedy rows skips the sort and the random numbers.
-        drawn = jax.lax.cond(jnp.any(rows.temperature > 0), lambda: _draw(logits, rows, positions), lambda: most_likely)
-        tokens = jnp.where(rows.temperature > 0, drawn, most_likely)
+        if rows.is_greedy:
+            tokens = most_likely
+        else:
+            tokens = jnp.where(rows.temperature > 0, _draw(logits, rows, positions), most_likely)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 

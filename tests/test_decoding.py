@@ -304,8 +304,10 @@ def programs() -> tuple[int, ...]:
 
 
 def test_nothing_compiles_anew_within_a_bucket(engine):
-    """Lengths, parameters, seeds and numbers of rows vary: prompts up to 16 tokens, 64 tokens in all, 5 to 8 rows."""
+    """Lengths, parameters, seeds and numbers of rows vary: prompts up to 16 tokens, 64 tokens in all, 5 to 8 rows. A
+    batch of greedy rows and one of others are two programs."""
     engine.generate_ids([prompt(16)] * 8, greedy(49))
+    engine.generate_ids([prompt(16)] * 8, dataclasses.replace(greedy(49), temperature=1.0))
     engine.score_ids([prompt(16)] * 8)
     engine.logits(prompt(16))
     before, num_compiled = programs(), len(_COMPILED)

@@ -12,9 +12,10 @@ from test_ops import test_a_row_of_a_step_has_the_same_bits_in_any_batch
 from test_quantize import dequantized, error
 
 from custom_ops import make_semaphores
-from kogpt_jax import KOGPT_6B, KoGPT, decoding, kv_cache
+from kogpt_jax import KOGPT_6B, KoGPT, SamplingParams, decoding, kv_cache
 from kogpt_jax.config import Dtype, ModelConfig, OpsConfig, Quant
 from kogpt_jax.model import model_def, quantized_as, random_leaves
+from kogpt_jax.sampling import RowSampling
 from kogpt_jax.sharding import make_mesh
 
 __all__ = ["test_a_row_of_a_step_has_the_same_bits_in_any_batch", "test_the_kernels_update_the_cache_in_place"]
@@ -68,7 +69,7 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
             _, logits = jax.lax.scan(step, [cache, semaphores], tokens[:, PROMPT_LEN:].T)
             return jnp.concatenate([model.logits(hidden)[:, None], logits.swapaxes(0, 1)], axis=1)
 
-        specs = decoding._state_specs(definition)
+        specs = decoding._state_specs(definition, RowSampling.from_params([SamplingParams()] * batch))
         return jax.shard_map(
             local,
             mesh=mesh,

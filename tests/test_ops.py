@@ -143,7 +143,7 @@ def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
             model = engine._definition.merge(leaves)
             return model.decode_step(tokens, jnp.ones_like(tokens), cache, make_semaphores())[0]
 
-        specs = decoding._state_specs(engine._definition)
+        specs = decoding._state_specs(engine._definition, rows)
         in_specs = (engine._definition.leaf_specs(), specs.cache, specs.tokens)
         shard_map = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.tokens, check_vma=False)
         return shard_map(leaves, cache, tokens)

@@ -278,20 +278,27 @@ def test_rows_hold_what_the_parameters_say():
     rows = RowSampling.from_params(
         [SamplingParams(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=2**32 - 1), SamplingParams(seed=0)]
     )
-    assert {field.name: np.asarray(getattr(rows, field.name)).tolist() for field in dataclasses.fields(rows)} == {
+    arrays = {field.name: np.asarray(getattr(rows, field.name)) for field in dataclasses.fields(rows)}
+    assert not arrays.pop("is_greedy")
+    assert {name: array.tolist() for name, array in arrays.items()} == {
         "temperature": [0.5, 0.0],
         "top_k": [3, 0],
         "top_p": [0.25, 1.0],
         "min_p": [0.125, 0.0],
         "seed": [2**32 - 1, 0],
     }
-    assert [np.asarray(getattr(rows, field.name)).dtype.name for field in dataclasses.fields(rows)] == [
-        "float32",
-        "int32",
-        "float32",
-        "float32",
-        "uint32",
-    ]
+    assert [array.dtype.name for array in arrays.values()] == ["float32", "int32", "float32", "float32", "uint32"]
+
+
+@pytest.mark.parametrize(("temperature", "is_greedy"), [(0.0, True), (0.7, False)])
+def test_only_a_batch_that_draws_is_sorted(temperature, is_greedy):
+    """And neither asks on the device, where the host would wait for the answer."""
+    rows = RowSampling.from_params([SamplingParams(), SamplingParams(temperature=temperature)])
+    assert rows.is_greedy == is_greedy
+    operations = draw.lower(jnp.zeros((2, VOCAB)), rows, jnp.zeros(2, jnp.int32)).as_text()
+    assert ("stablehlo.sort" in operations) == (not is_greedy)
+    assert "stablehlo.case" not in operations
+    assert "stablehlo.if" not in operations
 
 
 @pytest.mark.parametrize(
