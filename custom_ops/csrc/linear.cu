@@ -34,9 +34,9 @@ constexpr int kTileRows = 8;
 constexpr int kMaxGrid = 192;        // bounds the partial sums' scratch
 constexpr int kMaxChunks = 1 << 20;  // so that shares are counted in 32 bits
 
-// The blocks that start first get a larger share. In a chain of products those are the ones on the
-// multiprocessors that were done first: on an H100 a fifth of them reads a third faster than the
-// others.
+// How large the shares of the blocks that start first are beside the others'. Those blocks run on
+// the multiprocessors that read faster, a fifth of an H100's; still, equal shares have been the
+// fastest (docs/performance-notes.md).
 constexpr int kBlocksPerLargeShare = 5;
 constexpr uint32_t kLargeShare = 8;
 constexpr uint32_t kSmallShare = 8;
@@ -347,8 +347,8 @@ __device__ __forceinline__ int32_t* SemaphoreOf(const KernelArgs& args, int shar
   return args.semaphores + share * kWarps + threadIdx.x / kWarpSize;
 }
 
-// The first chunk of a share: first all small shares, then the large ones. Products fit 32 bits,
-// which the launch sees to.
+// The first chunk of a share: first come the others' shares, then those of the blocks that start
+// first. Products fit 32 bits, which the launch sees to.
 __device__ __forceinline__ int FirstChunk(const KernelArgs& args, int share) {
   const uint32_t num_large = args.num_large_shares;
   const uint32_t num_small = gridDim.x - num_large;
@@ -528,8 +528,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using Ring = DeviceRing<Weight, kRowTiles>;
   const uint32_t ring =
       (SharedAddress(shared) + kRingAlignment - 1) / kRingAlignment * kRingAlignment;
-  // The last share, a large one, goes to the first block: a block waits only for later shares, so
-  // for blocks that started before it.
+  // The last share goes to the first block: a block waits only for later shares, so for blocks that
+  // started before it.
   const int share = gridDim.x - 1 - blockIdx.x;
   const int begin = FirstChunk(args, share);
   const int end = FirstChunk(args, share + 1);
