@@ -12,9 +12,10 @@ NUM_SEMAPHORES = 65536
 def make_semaphores() -> Int32[Array, " NUM_SEMAPHORES"]:
     """Zeros for the first op of a program.
 
-    Blocks of a kernel count in this array who comes last, and leave zeros behind. Each op takes it, aliased, and
-    returns it: so it stays in place, and XLA runs the ops one after another, since two kernels that count in one array
-    at the same time would disturb each other. It can be donated from call to call of a jitted function, or made in it.
+    Blocks of a kernel tell one another in this array that their part is there, and leave zeros behind. Each op takes
+    it, aliased, and returns it: so it stays in place, and XLA runs the ops one after another, since two kernels that
+    use one array at the same time would disturb each other. It can be donated from call to call of a jitted function,
+    or made in it.
     """
     return jnp.zeros(NUM_SEMAPHORES, jnp.int32)
 

@@ -116,7 +116,7 @@ def decode_loop(
 
         def step(i: Array, carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
             state, tokens, logprobs = carry
-            num_new = jnp.where(state.num_remaining > 0, 1, 0)
+            num_new = (state.num_remaining > 0).astype(jnp.int32)
             logits, cache, semaphores = model.decode_step(state.tokens, num_new, state.cache, state.semaphores)
             state = dataclasses.replace(state, cache=cache, semaphores=semaphores)
             state, new_tokens, new_logprobs = _next_token(state, logits, definition)

@@ -1,5 +1,5 @@
 """`custom_ops.linear`: the reference against sums in f64, the kernels against the reference's own error, and what must
-not depend on anything. test_gpu.py runs the same functions on a GPU."""
+not depend on anything. test_linear_on_gpu.py runs the same functions on a GPU."""
 
 import dataclasses
 

@@ -1,5 +1,5 @@
 // Whether parameters fit together: extents, types, and that what is needed is there. Scratch is the
-// launchers' to check.
+// bindings' to check.
 #include "decode_attention.h"
 #include "linear.h"
 

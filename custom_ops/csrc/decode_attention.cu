@@ -348,8 +348,10 @@ int64_t DecodeAttentionPartialsBytes(const DecodeAttentionParams& params) {
 }
 
 const char* LaunchDecodeAttention(const DecodeAttentionParams& params, void* stream) {
-  if (params.batch * params.num_heads > kNumSemaphores)
-    return "decode_attention on CUDA takes at most 65536 heads in a batch";
+  if (params.batch == 0) return nullptr;
+  if (params.batch * params.num_heads >= kNumSemaphores) {
+    return "decode_attention on CUDA takes at most 65535 heads in a batch";
+  }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (params.dtype) {
     case DataType::kFloat16:

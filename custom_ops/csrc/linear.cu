@@ -528,8 +528,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using Ring = DeviceRing<Weight, kRowTiles>;
   const uint32_t ring =
       (SharedAddress(shared) + kRingAlignment - 1) / kRingAlignment * kRingAlignment;
-  // The last share goes to the first block: a block waits only for later shares, so for blocks that
-  // started before it.
+  // The last share goes to the first block: a block waits only for later shares, so for blocks of
+  // a lower index, which in practice are dispatched before it.
   const int share = gridDim.x - 1 - blockIdx.x;
   const int begin = FirstChunk(args, share);
   const int end = FirstChunk(args, share + 1);
