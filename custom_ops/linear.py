@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from custom_ops import _arguments, _library
+from custom_ops import _arguments, _library, numerics
 from custom_ops.quantization import QuantizedArray
 from custom_ops.semaphores import check_semaphores
 
@@ -122,15 +122,15 @@ def linear_reference(
     out_dtype = _out_dtype(dtype, residual, out_dtype)
     h = x
     if layer_norm is not None:
-        h = _layer_norm(h, *layer_norm)
+        h = numerics.layer_norm(h, *layer_norm)
     if k_multiplier is not None:
         h = h.astype(jnp.float32) * k_multiplier
     h = h.astype(dtype)
     if isinstance(weight, QuantizedArray):
         # Integers up to 127 are exact in 16 bits.
-        z = product(h, weight.qvalue.astype(dtype), jnp.float32) * weight.scale[:, 0]
+        z = numerics.product(h, weight.qvalue.astype(dtype), jnp.float32) * weight.scale[:, 0]
     else:
-        z = product(h, weight, out_dtype)
+        z = numerics.product(h, weight, out_dtype)
 
     split = weight.shape[0] if gelu_from is None else gelu_from
     y = z[:, :split]
@@ -234,21 +234,6 @@ def _k_problem(k_dim: int, weight_dtype: np.dtype) -> str | None:
         if k_dim % multiple
         else None
     )
-
-
-def product(x: Float[Array, "*B K"], weight: Float[Array, "M K"], out_dtype: Any) -> Float[Array, "*B M"]:
-    """``x @ weight.T``, accumulated in f32; in f32 without TF32 on GPUs."""
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, weight, contract_last, precision, preferred_element_type=out_dtype)
-
-
-def _layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
-    x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-    normed = (x - mean) * jax.lax.rsqrt(variance + epsilon)
-    return normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
 def _compute_dtype(x: Array, weight: Array | QuantizedArray, layer_norm: tuple[Array, Array, float] | None) -> np.dtype:

@@ -22,8 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from custom_ops import QuantizedArray, decode_attention, linear, pages
-from custom_ops.linear import MAX_ROWS, product
+from custom_ops import MAX_ROWS, QuantizedArray, decode_attention, linear, numerics, pages
 from custom_ops.rotary import apply_rotary
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.kv_cache import KVCache
@@ -250,7 +249,7 @@ def dense(
     INT8 values are exact in every dtype; their scales multiply the sums, so that nothing but the quantisation is lost.
     """
     if not isinstance(weight, QuantizedArray):
-        return product(x, weight, out_dtype)
+        return numerics.product(x, weight, out_dtype)
     num_outputs, k_dim = weight.shape
     # Tile by tile in a loop: converted as a whole, XLA would hold all layers' weights in the dtype at the same time.
     tile = min(max(1, TILE_SIZE // k_dim), -(-num_outputs // 2))
@@ -261,7 +260,7 @@ def dense(
         first = jnp.minimum(i * tile, num_outputs - tile)  # the last tile may begin within the one before
         qvalue = jax.lax.dynamic_slice_in_dim(weight.qvalue, first, tile)
         scale = jax.lax.dynamic_slice_in_dim(weight.scale, first, tile)[:, 0]
-        sums = product(x, qvalue.astype(x.dtype), jnp.float32) * scale
+        sums = numerics.product(x, qvalue.astype(x.dtype), jnp.float32) * scale
         return jax.lax.dynamic_update_slice_in_dim(out, sums.astype(out_dtype), first, axis=-1)
 
     # All of it is overwritten. Made of x, or XLA would make that of all layers at the start.
@@ -304,10 +303,7 @@ def layer_norm(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], config: ModelConfig
 ) -> Float[Array, "*B D"]:
     """LayerNorm (Ba et al. 2016) in f32, returned in the model's dtype."""
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-    normed = (x - mean) * jax.lax.rsqrt(variance + config.layer_norm_epsilon)
-    return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(config.jax_dtype)
+    return numerics.layer_norm(x, scale, bias, config.layer_norm_epsilon).astype(config.jax_dtype)
 
 
 def rotary_tables(
@@ -334,17 +330,11 @@ def causal_attention(
     outputs = []
     for start in range(0, q_len, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q_len)  # later keys are masked for the whole block: leave them out
-        scores = _product("btnh,bsnh->bnts", q[:, start:stop], k[:, :stop]) / math.sqrt(q.shape[-1])
+        scores = numerics.einsum("btnh,bsnh->bnts", q[:, start:stop], k[:, :stop]) / math.sqrt(q.shape[-1])
         is_visible = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
         probs = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf), axis=-1)
-        outputs.append(_product("bnts,bsnh->btnh", probs.astype(v.dtype), v[:, :stop]).astype(q.dtype))
+        outputs.append(numerics.einsum("bnts,bsnh->btnh", probs.astype(v.dtype), v[:, :stop]).astype(q.dtype))
     return jnp.concatenate(outputs, axis=1)
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    """In f32 "highest" keeps TF32 out on GPUs; 16 bits are multiplied as they are."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _append(cache: KVCache, layer: int, k: Array, v: Array, positions: Array, is_valid: Array) -> tuple[Array, Array]:
