@@ -9,7 +9,6 @@ the rate at which weights, as they are stored, and keys and values are read:
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
@@ -17,7 +16,7 @@ import time
 
 import jax
 from bench_generate import FEW_TOKENS, MANY_TOKENS, PRESETS, SAMPLING, num_parameters, prompts, step_bytes
-from environment import environment
+from environment import environment, write_result
 
 from kogpt_jax import KoGPT
 from kogpt_jax.config import Quant
@@ -77,16 +76,14 @@ def main() -> None:
                 f"batch {batch:2}  {row['variant']:12} {row['step_ms']:8.2f} ms a step  "
                 f"reads {row['gbytes_per_s']:5.1f} GB/s  {row['speedup']:.2f}x"
             )
-    if arguments.json is not None:
-        result = {
-            "preset": arguments.preset,
-            "parameters": num_parameters(config),
-            "threads": len(os.sched_getaffinity(0)),
-            "rows": rows,
-            "environment": environment(),
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "preset": arguments.preset,
+        "parameters": num_parameters(config),
+        "threads": len(os.sched_getaffinity(0)),
+        "rows": rows,
+        "environment": environment(),
+    }
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ rate of a large product in the same dtype.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from environment import environment
+from environment import environment, write_result
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -231,13 +230,31 @@ def print_table(result: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which random model is measured."""
     parser.add_argument("--preset", choices=sorted(PRESETS), default="kogpt-6b")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a quick look")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--quant", choices=QUANTS, default="none")
     parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs a decode step")
+
+
+def make_model(arguments: argparse.Namespace, max_batch_size: int) -> KoGPT:
+    """The model that `add_model_arguments` asks for. It has no end-of-text token."""
+    preset = PRESETS[arguments.preset]
+    config = dataclasses.replace(
+        preset,
+        dtype=arguments.dtype,
+        quant=arguments.quant,
+        eos_token_ids=(),
+        num_layers=preset.num_layers if arguments.layers is None else arguments.layers,
+    )
+    return KoGPT.from_random(config, max_batch_size=max_batch_size, implementation=arguments.implementation)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt-len", type=int, nargs="+", default=[128])
     parser.add_argument("--sampling", choices=sorted(SAMPLING), nargs="+", default=sorted(SAMPLING))
@@ -250,12 +267,8 @@ def main() -> None:
 
     if not arguments.warm_cache:
         jax.config.update("jax_enable_compilation_cache", False)
-    config = dataclasses.replace(
-        PRESETS[arguments.preset], dtype=arguments.dtype, quant=arguments.quant, eos_token_ids=()
-    )
-    if arguments.layers is not None:
-        config = dataclasses.replace(config, num_layers=arguments.layers)
-    model = KoGPT.from_random(config, max_batch_size=max(arguments.batch), implementation=arguments.implementation)
+    model = make_model(arguments, max(arguments.batch))
+    config = model.config
     rows = [
         measure(model, batch, prompt_len, sampling, arguments.repeats)
         for batch in arguments.batch
@@ -280,11 +293,7 @@ def main() -> None:
     }
     print_table(result)
     print(describe(model.ops))
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.rename(arguments.json)
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ A case that fails, or that --limit-s leaves no time for, is in the JSON with the
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import time
@@ -27,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from bench_generate import PRESETS, read_bandwidth
-from environment import environment
+from environment import environment, write_result
 
 import custom_ops
 from custom_ops import QuantizedArray
@@ -324,15 +323,6 @@ def _temp_bytes(compiled: Any) -> int | None:
         return None
 
 
-def write_json(path: pathlib.Path | None, result: dict[str, Any]) -> None:
-    """Whole, whenever the run ends."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.rename(path)
-
-
 def line(row: dict[str, Any]) -> str:
     head = (
         f"{row['op']:16} {row['shape']:12} rows {row['rows']:2}  {row['weight']:4}  {row['implementation'][:9]:9} "
@@ -393,7 +383,7 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
         result["total_s"] = time.perf_counter() - started
-        write_json(arguments.json, result)
+        write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from environment import environment
+from environment import environment, write_result
 from jaxtyping import Array
 
 from kogpt_jax import KoGPT, decoding
@@ -95,8 +95,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="file to write")
     arguments = parser.parse_args()
     result = run(arguments.corpus, arguments.dtypes)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

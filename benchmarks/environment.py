@@ -1,7 +1,8 @@
-"""What a reader needs to judge a measured figure: machine, device, versions, commit."""
+"""What a reader needs to judge a measured figure (machine, device, versions, commit), and the file that holds both."""
 
 import hashlib
 import importlib.metadata
+import json
 import pathlib
 import platform
 import subprocess
@@ -31,6 +32,15 @@ def environment() -> dict[str, Any]:
         if device.platform == "gpu"
         else None,
     }
+
+
+def write_result(path: pathlib.Path | None, result: dict[str, Any]) -> None:
+    """Writes a result as JSON, whole whenever the run ends; without a path nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.rename(path)
 
 
 def _source_digest() -> str:

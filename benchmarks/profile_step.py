@@ -14,7 +14,6 @@ profiler beside it. A trace of another layout than expected goes into the JSON a
 """
 
 import argparse
-import dataclasses
 import gzip
 import json
 import os
@@ -30,13 +29,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_generate import PRESETS, SAMPLING, prompts, read_bandwidth, step_bytes
-from environment import environment
+from bench_generate import SAMPLING, add_model_arguments, make_model, prompts, read_bandwidth, step_bytes
+from environment import environment, write_result
 
 from kogpt_jax import KoGPT, decoding, kv_cache
-from kogpt_jax.config import DTYPES, QUANTS
 from kogpt_jax.engine import STEPS_PER_CHUNK
-from kogpt_jax.ops import CHOICES, describe
+from kogpt_jax.ops import describe
 from kogpt_jax.sampling import RowSampling
 
 SCOPES = ("w_in", "attention", "w_out", "lm_head", "sample")  # jax.named_scope in the model
@@ -268,11 +266,7 @@ def print_accounts(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="kogpt-6b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a quick look")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--quant", choices=QUANTS, default="none")
-    parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs a decode step")
+    add_model_arguments(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--sampling", choices=sorted(SAMPLING), default="greedy")
@@ -282,12 +276,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     jax.config.update("jax_enable_compilation_cache", False)
-    config = dataclasses.replace(
-        PRESETS[arguments.preset], dtype=arguments.dtype, quant=arguments.quant, eos_token_ids=()
-    )
-    if arguments.layers is not None:
-        config = dataclasses.replace(config, num_layers=arguments.layers)
-    model = KoGPT.from_random(config, max_batch_size=arguments.batch, implementation=arguments.implementation)
+    model = make_model(arguments, arguments.batch)
+    config = model.config
     # Once to warm up, three times without the profiler, and once with it, over the same positions of the texts.
     warm_up, repeats = 1, 3
     num_chunks = warm_up + arguments.chunks
@@ -336,11 +326,7 @@ def main() -> None:
         "environment": environment(),
     }
     print_accounts(result)
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = arguments.json.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.rename(arguments.json)
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":
