@@ -32,6 +32,7 @@ import custom_ops
 from custom_ops import QuantizedArray
 from kogpt_jax import runtime
 from kogpt_jax.config import DTYPES, ModelConfig
+from kogpt_jax.decoding import WITHOUT_CUDA_GRAPHS
 from kogpt_jax.kv_cache import PAGE_LEN, pages_per_row
 
 OPS = ("decode_attention", "linear")
@@ -187,6 +188,7 @@ def attention_program(case: Case, config: ModelConfig) -> Program:
             num_new,
             act,
             semaphores=semaphores,
+            prefetch_cache=True,
             implementation=case.implementation,
         )
         if case.implementation == "reference":
@@ -267,7 +269,8 @@ def compiled_loop(program: Program, turns: int) -> Any:
         return jax.lax.fori_loop(0, turns, turn, (state, layers if program.updates_layers else ()))
 
     donated = ("layers",) if program.updates_layers else ()
-    return jax.jit(run, donate_argnames=donated).lower(program.state, program.layers).compile()
+    function = jax.jit(run, donate_argnames=donated, compiler_options=WITHOUT_CUDA_GRAPHS)  # as the decode loop
+    return function.lower(program.state, program.layers).compile()
 
 
 def measure(case: Case, config: ModelConfig, bandwidth: float, repeats: int) -> dict[str, Any]:

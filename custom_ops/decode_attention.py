@@ -31,6 +31,7 @@ def decode_attention(
     act: Float[Array, "B act_dim"],
     *,
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
+    prefetch_cache: bool = False,
     implementation: str,
 ) -> tuple[Array, Array, Array, Array]:
     """Rotates the new q and k, appends k and v, and attends to all of the row.
@@ -58,6 +59,8 @@ def decode_attention(
         num_new: 1 or 0.
         act: where the result goes, aliased: its first N H columns are written, the others stay as they are.
         semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
+        prefetch_cache: a promise that no kernel just ahead writes the pages or the page table (in a decode step the op
+            before is a product): the CUDA kernel may then read them while the kernel ahead still runs.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": head_dim 64, 128 or 256; page_len a multiple of
             16; fp16 and bf16 on CUDA, f32 too on a CPU.
 
@@ -73,8 +76,10 @@ def decode_attention(
     """
     _arguments.check_implementation(implementation)
     _check(qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act)
-    run = decode_attention_reference if implementation == "reference" else decode_attention_ffi
-    return run(qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act, semaphores=semaphores)
+    arguments = (qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act)
+    if implementation == "reference":
+        return decode_attention_reference(*arguments, semaphores=semaphores)
+    return decode_attention_ffi(*arguments, semaphores=semaphores, prefetch_cache=prefetch_cache)
 
 
 def decode_attention_reference(
@@ -116,6 +121,7 @@ def decode_attention_ffi(
     act: Float[Array, "B act_dim"],
     *,
     semaphores: Array | None = None,
+    prefetch_cache: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     """`decode_attention` through XLA's FFI (csrc/decode_attention.h): the Host handler on a CPU, the CUDA handler on an
     NVIDIA GPU.
@@ -139,7 +145,16 @@ def decode_attention_ffi(
     )
     call = jax.ffi.ffi_call("kogpt_decode_attention", results, input_output_aliases={8: 0, 3: 1, 4: 2, 9: 4})
     act, k_pages, v_pages, _, semaphores = call(
-        qkv, *rotary, k_pages, v_pages, page_table, lengths, num_new, act, semaphores
+        qkv,
+        *rotary,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        num_new,
+        act,
+        semaphores,
+        prefetch_cache=bool(prefetch_cache),
     )
     return act, k_pages, v_pages, semaphores
 

@@ -29,6 +29,11 @@ _ROWS: Any = partition_spec(("batch",))
 _ROWS_BY_LEN: Any = partition_spec(("batch", "q_len"))
 _REPLICATED: Any = PartitionSpec()
 
+# No CUDA graphs (XLA's command buffers) around a decode step: XLA makes one of each op's kernels and puts it into the
+# step's as a child, so that a kernel cannot start while the one ahead still runs. 1 to 9 % of a step on an H100
+# (docs/performance-notes.md).
+WITHOUT_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**31 - 1}
+
 # Positions of a row that meet lm_head together when a whole text is scored: logits take [B, block, V].
 SCORE_BLOCK = 128
 
@@ -104,7 +109,12 @@ def prefill(
     )(list(leaves), state, tokens, lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "mesh", "num_steps"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("definition", "mesh", "num_steps"),
+    donate_argnames=("state",),
+    compiler_options=WITHOUT_CUDA_GRAPHS,
+)
 def decode_loop(
     leaves: Sequence[Array], state: DecodeState, *, definition: ModelDef, mesh: Mesh, num_steps: int
 ) -> tuple[DecodeState, Emitted]:

@@ -131,6 +131,7 @@ class Block(nnx.Module):
                 num_new,
                 act,
                 semaphores=semaphores,
+                prefetch_cache=True,  # the kernels just ahead are a product's: no page is theirs
                 implementation=ops.decode_attention,
             )
         with jax.named_scope("w_out"):

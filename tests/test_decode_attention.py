@@ -2,6 +2,7 @@
 what must not depend on anything. test_gpu.py runs the same functions on a GPU."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,49 @@ def test_a_row_is_the_same_bits_in_every_batch(head_dim):
             np.testing.assert_array_equal(run(rows_of(arguments, chosen))[0], expected[chosen])
     wider = jnp.pad(arguments["page_table"], ((0, 0), (0, 3)), constant_values=arguments["k_pages"].shape[0] - 1)
     np.testing.assert_array_equal(run(arguments | {"page_table": wider})[0], expected)
+
+
+@with_library
+def test_a_prefetched_cache_gives_the_same_bits():
+    """Behind a product that is still running when attention starts, and with lengths that are only just there."""
+    case = DecodeAttentionCase(
+        batch=3,
+        heads=4,
+        head_dim=64,
+        page_len=64,
+        max_pages=9,
+        rotary_dim=64,
+        lengths=(500, 65, 300),
+        num_new=(1, 1, 0),
+        act_dim=300,
+    )
+    arguments = decode_attention_arguments(case)
+    k_dim = 2048
+    x = jax.random.normal(jax.random.key(0), (case.batch, k_dim)).astype(arguments["qkv"].dtype)
+    weight = jax.random.normal(jax.random.key(1), (arguments["qkv"].shape[1], k_dim)).astype(x.dtype)
+
+    @functools.partial(jax.jit, static_argnames="prefetch_cache")
+    def layers(arguments, x, weight, *, prefetch_cache):
+        arguments, semaphores = dict(arguments), make_semaphores()
+        lengths, results = arguments.pop("lengths"), []
+        for _ in range(3):
+            qkv, semaphores = custom_ops.linear(
+                x, weight, semaphores=semaphores, prefetch_weight=True, implementation="ffi"
+            )
+            *result, semaphores = custom_ops.decode_attention(
+                **arguments | {"qkv": qkv},
+                lengths=lengths,
+                semaphores=semaphores,
+                prefetch_cache=prefetch_cache,
+                implementation="ffi",
+            )
+            results.append(result)  # of other copies of the cache: none is written by the op before
+            lengths = jnp.maximum(lengths - 1, 0)
+        return results, semaphores
+
+    plain = layers(arguments, x, weight, prefetch_cache=False)
+    prefetched = layers(arguments, x, weight, prefetch_cache=True)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(in_f32(a), in_f32(b)), plain, prefetched)
 
 
 @with_library

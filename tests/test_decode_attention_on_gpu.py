@@ -2,6 +2,7 @@
 
 import pytest
 from test_decode_attention import (
+    test_a_prefetched_cache_gives_the_same_bits,
     test_a_row_is_the_same_bits_in_every_batch,
     test_both_ways_of_the_reference,
     test_cache_and_result_are_updated_in_place,
@@ -13,6 +14,7 @@ from test_decode_attention import (
 )
 
 __all__ = [
+    "test_a_prefetched_cache_gives_the_same_bits",
     "test_a_row_is_the_same_bits_in_every_batch",
     "test_both_ways_of_the_reference",
     "test_cache_and_result_are_updated_in_place",

@@ -249,9 +249,9 @@ ALIASES = {
     "kogpt_linear": {"semaphores": "result semaphores"},
     "kogpt_decode_attention": {name: f"result {name}" for name in ("act", "k_pages", "v_pages", "semaphores")},
 }
-ATTRIBUTES = {
+ATTRIBUTES: dict[str, dict[str, Any]] = {
     "kogpt_linear": {"gelu_from": np.int64(16), "epsilon": np.float32(1e-5), "prefetch_weight": False},
-    "kogpt_decode_attention": {},
+    "kogpt_decode_attention": {"prefetch_cache": False},
 }
 TARGETS = list(ATTRIBUTES)
 # Of an aliased pair XLA checks that both are alike, so they are changed together, under the argument's name.

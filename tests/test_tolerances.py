@@ -55,3 +55,5 @@ def test_a_kernel_may_err_twice_as_much_as_its_reference_and_round_once() -> Non
     for dtype, half_ulp in (("fp32", 2.0**-24), ("fp16", 2.0**-11), ("bf16", 2.0**-8)):
         rule = tolerances.twice_the_references_error(1e-3, dtype)
         assert rule.relative == 2e-3 + (half_ulp + 2.0**-20)
+        on_tensor_cores = tolerances.twice_the_references_error(1e-3, dtype, tensor_core_k=4096)
+        assert on_tensor_cores.relative == 2e-3 + (half_ulp + 2.0**-20 + 2.0**-16)

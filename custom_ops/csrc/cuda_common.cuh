@@ -70,6 +70,22 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+// Blocks of a cluster: a barrier that all threads of theirs that have not ended pass, and stores
+// into the shared memory of the cluster's first block (PTX ISA, barrier.cluster and mapa).
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void ClusterWait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void StoreInFirstBlock(uint32_t shared, float value) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, 0;\n" : "=r"(there) : "r"(shared));
+  asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(there), "f"(value) : "memory");
+}
+
 // Copies a box of a two-dimensional array; what lies outside of the array comes as zeros.
 __device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap& map, int column,
                                         int row, uint32_t barrier) {
@@ -168,7 +184,7 @@ inline const char* MessageOf(cudaError_t error) {
 // What a launch needs to know of a kernel; asked of the driver once per kernel and device.
 struct KernelTraits {
   cudaError_t error = cudaErrorUnknown;
-  bool is_hopper = false;  // compiled for sm_90 or newer: dependent launch and tensor copies
+  bool is_hopper = false;  // compiled for sm_90 or newer: dependent launch, clusters, tensor copies
   int num_multiprocessors = 0;
 };
 
@@ -205,19 +221,23 @@ const KernelTraits& TraitsOf(SharedBytes shared_bytes) {
   return entry.traits;
 }
 
+// Launches so that the kernel may start before the one ahead has ended, in clusters of
+// `cluster_size` blocks along x (1 before Hopper).
 template <auto kKernel, typename Args>
 cudaError_t Launch(const KernelTraits& traits, dim3 grid, int threads, int shared_bytes,
-                   cudaStream_t stream, const Args& args) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+                   cudaStream_t stream, const Args& args, int cluster_size = 1) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = traits.is_hopper ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !traits.is_hopper ? 0 : cluster_size == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kKernel, args);
 }
 

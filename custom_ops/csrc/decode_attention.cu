@@ -6,11 +6,12 @@
 //             query a head there is nothing for the tensor cores to do.
 //   new       the block whose split the new token falls into takes it from qkv, and writes it to
 //             its page.
-//   combine   each split leaves its maximum, its sum and its unnormalised output in scratch; the
-//             block that finishes a head last adds them in order (flash-decoding, Dao et al. 2023;
-//             online softmax, Milakov and Gimelshein 2018). A block that has a head to itself adds
-//             the same splits in the same order without going through memory. Splits are 64 keys
-//             whatever the batch, so a row's result does not depend on its neighbours.
+//   combine   each split leaves its maximum, its sum and its unnormalised output in scratch, where
+//             the block that finishes a head last adds them in order; or, where a head's blocks are
+//             a cluster, in the shared memory of its first block, which does (flash-decoding, Dao
+//             et al. 2023; online softmax, Milakov and Gimelshein 2018). A block that has a head to
+//             itself adds the same splits in the same order without going through memory. Splits
+//             are 64 keys whatever the batch, so a row's result does not depend on its neighbours.
 //
 // Limits: head_dim 64, 128 or 256; pages of a multiple of 16 tokens.
 
@@ -27,6 +28,10 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpKeys = 8;
 constexpr int kSplitKeys = kWarps * kWarpKeys;
 constexpr int kBlocksPerMultiprocessor = 2;  // that run at once
+// A head's blocks are a cluster where they are few enough for any device, and its parts for the
+// shared memory that the blocks of a product leave.
+constexpr int kMaxClusterSize = 8;
+constexpr int kMaxClusterParts = 8;
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct KernelArgs {
@@ -47,6 +52,8 @@ struct KernelArgs {
   int max_splits;
   int rotary_dim;
   int act_dim;
+  bool is_cluster;  // the blocks of a head are one
+  bool prefetch_cache;
   float log2_scale;  // log2(e) / sqrt(head_dim)
 };
 
@@ -89,33 +96,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ float outputs[kWarps][kHeadDim];
   __shared__ float maxima[kWarps], sums[kWarps];
   __shared__ bool is_last;
+  extern __shared__ float
+      cluster_parts[];  // of the first block of a cluster: [split, head_dim + 2]
 
   LaunchDependents();
-  WaitForDependency();
+#if __CUDA_ARCH__ >= 900
+  if (args.is_cluster) ClusterArrive();  // the first block's shared memory is there
+#endif
 
   const int row = blockIdx.z;
   const int head = blockIdx.y;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   T* out = static_cast<T*>(args.act) + static_cast<int64_t>(row) * args.act_dim + head * kHeadDim;
-
-  // A row that is full would write beyond its pages; its last token is replaced instead.
-  const int position = min(__ldcg(args.lengths + row), args.max_pages * args.page_len - 1);
-  const bool is_running = __ldcg(args.num_new + row) > 0;
   // This lane's dimensions of every key that it meets, and the key within a load.
   const int dim = lane * 8 % kHeadDim;
   const int lane_key = lane / kLanesPerKey;
   const int64_t head_stride = static_cast<int64_t>(args.num_heads) * kHeadDim;
-  const T* qkv = static_cast<const T*>(args.qkv) + row * 3 * head_stride + head * kHeadDim + dim;
-  const uint4 q_bits = __ldcg(reinterpret_cast<const uint4*>(qkv));
-  float cos[4], sin[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool is_rotated = dim + 2 * i < args.rotary_dim;
-    const int64_t at = static_cast<int64_t>(row) * (args.rotary_dim / 2) + dim / 2 + i;
-    cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
-    sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
-  }
+
   // Where this lane's part of its warp's keys of a split lies in the pages.
   const auto cache_offset = [&](int split) -> int64_t {
     const int first_key = split * kSplitKeys + warp * kWarpKeys;
@@ -126,15 +124,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                kHeadDim +
            lane * 8;
   };
-  int64_t offset = cache_offset(blockIdx.x);
-
-  if (!is_running) {
-    if (blockIdx.x == 0 && threadIdx.x < kHeadDim) out[threadIdx.x] = FromFloat<T>(0.0f);
-    return;
-  }
-  const int num_splits = position / kSplitKeys + 1;
-  if (static_cast<int>(blockIdx.x) >= num_splits) return;
-
+  // The new token's position, or -1 for a finished row. A row that is full would write beyond its
+  // pages; its last token is replaced instead.
+  const auto load_position = [&] {
+    const int last = args.max_pages * args.page_len - 1;
+    return __ldcg(args.num_new + row) > 0 ? min(__ldcg(args.lengths + row), last) : -1;
+  };
+  int position;
+  int64_t offset;
   // What lies beyond the row's tokens is never read: it may hold anything.
   const auto load = [&](const void* pages, int split, uint4(&bits)[kLoads]) {
     const T* from = static_cast<const T*>(pages) + offset;
@@ -146,8 +143,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
   };
   uint4 k_bits[kLoads], v_bits[kLoads];
-  load(args.k_pages, blockIdx.x, k_bits);
-  load(args.v_pages, blockIdx.x, v_bits);
+  const auto load_first = [&] {
+    offset = cache_offset(blockIdx.x);
+    load(args.k_pages, blockIdx.x, k_bits);
+    load(args.v_pages, blockIdx.x, v_bits);
+  };
+  // The cache comes from device memory while the product ahead still runs. Should the position turn
+  // out to be another one, it comes again.
+  if (!args.prefetch_cache) WaitForDependency();
+  position = load_position();
+  load_first();
+  if (args.prefetch_cache) {
+    WaitForDependency();
+    const int foreseen = position;
+    position = load_position();
+    if (position != foreseen) load_first();
+  }
+
+  const T* qkv = static_cast<const T*>(args.qkv) + row * 3 * head_stride + head * kHeadDim + dim;
+  const uint4 q_bits = __ldcg(reinterpret_cast<const uint4*>(qkv));
+  float cos[4], sin[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool is_rotated = dim + 2 * i < args.rotary_dim;
+    const int64_t at = static_cast<int64_t>(row) * (args.rotary_dim / 2) + dim / 2 + i;
+    cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
+    sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
+  }
+
+  if (position < 0) {
+    if (blockIdx.x == 0 && threadIdx.x < kHeadDim) out[threadIdx.x] = FromFloat<T>(0.0f);
+    return;
+  }
+  const int num_splits = position / kSplitKeys + 1;
+  if (static_cast<int>(blockIdx.x) >= num_splits) return;
 
   float q[8];
   Unpack<T>(Rotate<T>(q_bits, cos, sin), q);
@@ -157,6 +186,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int64_t head_of_row = static_cast<int64_t>(row) * args.num_heads + head;
   float* partials = args.partials + head_of_row * args.max_splits * (kHeadDim + 2);
   const bool is_alone = gridDim.x == 1 || num_splits == 1;
+#if __CUDA_ARCH__ >= 900
+  if (args.is_cluster) ClusterWait();
+#endif
   Softmax total;  // of the splits so far, in order; each thread has one dimension
   int num_done = 0;
   for (int split = blockIdx.x; split < num_splits; split += gridDim.x) {
@@ -208,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     float output[8] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const float prob = maximum == -INFINITY ? 0.0f : exp2f(scores[i] - maximum);
+      const float prob = scores[i] == -INFINITY ? 0.0f : exp2f(scores[i] - maximum);
       float v[8];
       Unpack<T>(v_bits[i], v);
       sum += prob;
@@ -247,6 +279,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       total.Add(part);
       continue;
     }
+#if __CUDA_ARCH__ >= 900
+    if (args.is_cluster) {
+      const uint32_t to = SharedAddress(cluster_parts + split * (kHeadDim + 2));
+      if (threadIdx.x < kHeadDim) StoreInFirstBlock(to + threadIdx.x * 4, part.output);
+      if (threadIdx.x == 0) {
+        StoreInFirstBlock(to + kHeadDim * 4, part.maximum);
+        StoreInFirstBlock(to + (kHeadDim + 1) * 4, part.sum);
+      }
+      continue;
+    }
+#endif
     float* partial = partials + static_cast<int64_t>(split) * (kHeadDim + 2);
     if (threadIdx.x < kHeadDim) __stcg(partial + threadIdx.x, part.output);
     if (threadIdx.x == 0) {
@@ -256,7 +299,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     ++num_done;
   }
 
-  if (!is_alone) {
+#if __CUDA_ARCH__ >= 900
+  if (!is_alone && args.is_cluster) {
+    ClusterArrive();
+    if (blockIdx.x != 0) return;
+    ClusterWait();
+    for (int split = 0; split < num_splits && threadIdx.x < kHeadDim; ++split) {
+      const float* from = cluster_parts + split * (kHeadDim + 2);
+      Softmax part;
+      part.maximum = from[kHeadDim];
+      part.sum = from[kHeadDim + 1];
+      part.output = from[threadIdx.x];
+      total.Add(part);
+    }
+  }
+#endif
+  if (!is_alone && !args.is_cluster) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -294,7 +352,9 @@ int64_t SplitsOf(const DecodeAttentionParams& params) {
 template <typename T, int kHeadDim>
 const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t stream) {
   constexpr auto kKernel = DecodeAttentionKernel<T, kHeadDim>;
-  const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
+  constexpr int kPartBytes = (kHeadDim + 2) * static_cast<int>(sizeof(float));
+  const KernelTraits& traits = TraitsOf<kKernel>(
+      [](bool is_hopper) { return is_hopper ? kMaxClusterParts * kPartBytes : 0; });
   if (traits.error != cudaSuccess) return MessageOf(traits.error);
   KernelArgs args;
   args.qkv = params.qkv;
@@ -321,9 +381,14 @@ const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t s
   const int64_t splits =
       std::clamp<int64_t>(kBlocksPerMultiprocessor * traits.num_multiprocessors / blocks_per_split,
                           1, SplitsOf(params));
+  args.is_cluster = traits.is_hopper && splits > 1 && splits <= kMaxClusterSize &&
+                    args.max_splits <= kMaxClusterParts;
+  args.prefetch_cache = params.prefetch_cache;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(params.num_heads),
                   static_cast<unsigned>(params.batch));
-  return MessageOf(Launch<kKernel>(traits, grid, kThreads, 0, stream, args));
+  return MessageOf(Launch<kKernel>(traits, grid, kThreads,
+                                   args.is_cluster ? args.max_splits * kPartBytes : 0, stream, args,
+                                   args.is_cluster ? static_cast<int>(splits) : 1));
 }
 
 template <typename T>

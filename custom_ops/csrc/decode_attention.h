@@ -44,6 +44,9 @@ struct DecodeAttentionParams {
   float* partials;
   int64_t partials_bytes;
   int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA only
+
+  // Pages and page table may be read before the kernels ahead in the stream have finished.
+  bool prefetch_cache;
 };
 
 // Returns null, or what is wrong with the parameters.

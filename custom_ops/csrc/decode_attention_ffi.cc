@@ -12,7 +12,8 @@ ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer
                                Buffer k_pages, Buffer v_pages, Buffer page_table, Buffer lengths,
                                Buffer num_new, Buffer act, Buffer semaphores, ResultBuffer act_out,
                                ResultBuffer k_pages_out, ResultBuffer v_pages_out,
-                               ResultBuffer partials, ResultBuffer semaphores_out) {
+                               ResultBuffer partials, ResultBuffer semaphores_out,
+                               bool prefetch_cache) {
   Checks check("kogpt_decode_attention");
   check.Dtype("k_pages", k_pages, {ffi::F32, ffi::F16, ffi::BF16});
   check.Rank("k_pages", k_pages, 4);
@@ -87,6 +88,7 @@ ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer
   params.partials = DataOrNull<float>(*partials);
   params.partials_bytes = static_cast<int64_t>(partials->size_bytes());
   params.semaphores = DataOrNull<int32_t>(*semaphores_out);
+  params.prefetch_cache = prefetch_cache;
   check.Message(CheckDecodeAttention(params));
   if (check.failed()) return check.error();
 
@@ -112,19 +114,20 @@ extern "C" KOGPT_EXPORT XLA_FFI_Error* DecodeAttention(XLA_FFI_CallFrame* call_f
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, kogpt::DecodeAttentionImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<kogpt::ExecutorContext>()
-                                  .Arg<kogpt::Buffer>()   // qkv
-                                  .Arg<kogpt::Buffer>()   // cos
-                                  .Arg<kogpt::Buffer>()   // sin
-                                  .Arg<kogpt::Buffer>()   // k_pages
-                                  .Arg<kogpt::Buffer>()   // v_pages
-                                  .Arg<kogpt::Buffer>()   // page_table
-                                  .Arg<kogpt::Buffer>()   // lengths
-                                  .Arg<kogpt::Buffer>()   // num_new
-                                  .Arg<kogpt::Buffer>()   // act
-                                  .Arg<kogpt::Buffer>()   // semaphores
-                                  .Ret<kogpt::Buffer>()   // act, aliased
-                                  .Ret<kogpt::Buffer>()   // k_pages, aliased
-                                  .Ret<kogpt::Buffer>()   // v_pages, aliased
-                                  .Ret<kogpt::Buffer>()   // partials: scratch
-                                  .Ret<kogpt::Buffer>(),  // semaphores, aliased
+                                  .Arg<kogpt::Buffer>()  // qkv
+                                  .Arg<kogpt::Buffer>()  // cos
+                                  .Arg<kogpt::Buffer>()  // sin
+                                  .Arg<kogpt::Buffer>()  // k_pages
+                                  .Arg<kogpt::Buffer>()  // v_pages
+                                  .Arg<kogpt::Buffer>()  // page_table
+                                  .Arg<kogpt::Buffer>()  // lengths
+                                  .Arg<kogpt::Buffer>()  // num_new
+                                  .Arg<kogpt::Buffer>()  // act
+                                  .Arg<kogpt::Buffer>()  // semaphores
+                                  .Ret<kogpt::Buffer>()  // act, aliased
+                                  .Ret<kogpt::Buffer>()  // k_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // v_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // partials: scratch
+                                  .Ret<kogpt::Buffer>()  // semaphores, aliased
+                                  .Attr<bool>("prefetch_cache"),
                               kogpt::kHandlerTraits);

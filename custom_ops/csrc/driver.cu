@@ -638,6 +638,7 @@ int Time(Case options, bool is_token) {
   attention.rotary_dim = 64;
   attention.act_dim = out_k;
   attention.dtype = base.dtype;
+  attention.prefetch_cache = prefetch;
   attention.qkv = qkv;
   attention.cos = cos;
   attention.sin = sin;

@@ -1,9 +1,5 @@
 // Decode-sized products on tensor cores, bound by reading the weight once.
 //
-// The weight is the m16n8k16 instruction's A operand (outputs x k), the activations its B operand
-// (k x rows), so that 1 to 64 rows are 1, 2, 4 or 8 tiles of 8 columns and nothing else changes: an
-// output's sum is taken in the same order whatever the number of rows.
-//
 //   work      tiles of 128 outputs x all of K, cut along K into chunks; each block of the grid
 //             takes one share of all chunks in order (stream-K, Osama et al. 2023). A tile that
 //             several blocks share is added up by the one that has its first chunk, in the order
@@ -17,61 +13,18 @@
 // Limits: K a multiple of 8 (16 with an INT8 weight), 16-bit activations.
 
 #include <algorithm>
-#include <type_traits>
 
-#include "cuda_common.cuh"
-#include "linear.h"
+#include "linear_chunk.cuh"
+#include "linear_prepare.cuh"
 
 namespace kogpt {
 namespace {
 
-constexpr int kWarps = 8;  // that multiply
-constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarps = kLinearWarps;
+constexpr int kThreads = kLinearThreads;
 constexpr int kHopperThreads = kThreads + kWarpSize;  // and one that fills the ring
-constexpr int kWarpOutputs = 16;                      // of one m16n8k16
-constexpr int kTileOutputs = kWarps * kWarpOutputs;
-constexpr int kTileRows = 8;
-constexpr int kMaxGrid = 192;        // bounds the partial sums' scratch
-constexpr int kMaxChunks = 1 << 20;  // so that shares are counted in 32 bits
-
-// How large the shares of the blocks that start first are beside the others'. Those blocks run on
-// the multiprocessors that read faster, a fifth of an H100's; still, equal shares have been the
-// fastest (docs/performance-notes.md).
-constexpr int kBlocksPerLargeShare = 5;
-constexpr uint32_t kLargeShare = 8;
-constexpr uint32_t kSmallShare = 8;
-
-// A chunk is boxes of 128 bytes of each row: of the weight, on Hopper two of them so that device
-// memory is read in pieces of 256 bytes, and of the activations that meet it.
-constexpr int kBoxRowBytes = 128;
-constexpr int kWeightBoxBytes = kTileOutputs * kBoxRowBytes;
-constexpr int kRingAlignment = 1024;  // of a swizzled box
-
-// Sizes of the ring. On Hopper it takes nearly all shared memory of a multiprocessor: what is under
-// way there goes on coming while the next kernel's blocks start. 96 KiB fit every GPU from compute
-// capability 8.0 on.
-template <typename Weight, int kRowTiles, bool kIsHopper>
-struct Ring {
-  static constexpr int kWeightBoxes = kIsHopper ? 2 : 1;
-  static constexpr int kChunkK = kWeightBoxes * kBoxRowBytes / static_cast<int>(sizeof(Weight));
-  static constexpr int kActivationBoxes = kChunkK * 2 / kBoxRowBytes;
-  static constexpr int kActivationBoxBytes = kRowTiles * kTileRows * kBoxRowBytes;
-  static constexpr int kStageBytes =
-      kWeightBoxes * kWeightBoxBytes + kActivationBoxes * kActivationBoxBytes;
-  static constexpr int kStages = (kIsHopper ? 208 : 96) * 1024 / kStageBytes;
-  static_assert(kStages >= 3);
-
-  static constexpr int kSharedBytes = kStages * kStageBytes + kRingAlignment;
-};
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kOnHopper = true;
-#else
-constexpr bool kOnHopper = false;
-#endif
-// The ring of the architecture that device code is compiled for.
-template <typename Weight, int kRowTiles>
-using DeviceRing = Ring<Weight, kRowTiles, kOnHopper>;
+constexpr int kMaxGrid = 192;                         // bounds the partial sums' scratch
+constexpr int kMaxChunks = 1 << 20;                   // so that shares are counted in 32 bits
 
 struct KernelArgs {
   CUtensorMap weight_map;
@@ -92,181 +45,15 @@ struct KernelArgs {
   int act_dim;
   int chunks_per_tile;
   int num_chunks;
-  int num_large_shares;
   bool is_y_float32;
   bool prefetch_weight;
 };
-
-// Eight INT8 values as pairs of 16-bit numbers, exactly; their scale is applied to the sum.
-template <typename T>
-struct Widened {
-  uint32_t words[4];
-
-  __device__ __forceinline__ Widened(uint32_t low, uint32_t high) {
-    const uint32_t bytes[2] = {low, high};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t selector =
-          i % 2 == 0 ? 0x4140 : 0x4342;  // each value below the constant's byte
-      if constexpr (std::is_same_v<T, __half>) {
-        // 0x6400 + u is 1024 + u; u = value + 128.
-        const uint32_t raised = __byte_perm(bytes[i / 2] ^ 0x80808080u, 0x64646464u, selector);
-        const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised),
-                                     __half2(__half_raw{0x6480}, __half_raw{0x6480}));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to
-        // subtract into 256.
-        const uint32_t raised = __byte_perm(bytes[i / 2], 0x43434343u, selector);
-        const uint32_t low = raised & 0xff7fff7fu;
-        const uint32_t offset = raised & 0xff80ff80u;
-        const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&low),
-                                            *reinterpret_cast<const __nv_bfloat162*>(&offset));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      }
-    }
-  }
-};
-
-// sums += A B for 16 outputs, 8 rows and 16 k, in f32.
-template <typename T>
-__device__ __forceinline__ void MultiplyAdd(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
-                                            uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};\n"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
 
 // tanh form: x / 2 (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3);
 // Hendrycks and Gimpel 2016.
 __device__ __forceinline__ float Gelu(float x) {
   const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
   return x / (1.0f + __expf(-2.0f * u));
-}
-
-// Where piece `piece` (16 bytes) of row `row` lies in a box.
-__device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
-  return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
-}
-
-__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-// Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
-  uint4 value;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-// What a lane multiplies in one step is 32 k of 16 outputs' weights and of all rows' activations.
-// 16-bit weights and their activations come as the instruction names them. Of 64 INT8 weights of a
-// row lane t takes 16 neighbouring ones instead, for two steps, and the activations that belong to
-// them: a sum may visit k in any order.
-template <typename Weight>
-constexpr int kStepsPerBox = kBoxRowBytes / static_cast<int>(sizeof(Weight)) / 32;
-
-template <typename Weight>
-__device__ __forceinline__ void LoadWeights(uint32_t stage, int step, uint4 (&weights)[2]) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int output = threadIdx.x / kWarpSize * kWarpOutputs;
-  const uint32_t box = stage + step / kStepsPerBox<Weight> * kWeightBoxBytes;
-  const int step_of_box = step % kStepsPerBox<Weight>;
-  if constexpr (sizeof(Weight) == 1) {
-    const int piece = step_of_box * 2 + lane % 4;
-    weights[0] = LoadShared(box + PieceOffset(output + lane / 4, piece));
-    weights[1] = LoadShared(box + PieceOffset(output + lane / 4 + 8, piece));
-  } else {
-    const int piece = step_of_box * 4 + lane / 16;
-    weights[0] = LoadMatrices(box + PieceOffset(output + lane % 16, piece));
-    weights[1] = LoadMatrices(box + PieceOffset(output + lane % 16, piece + 2));
-  }
-}
-
-template <typename Weight, int kRowTiles>
-__device__ __forceinline__ void LoadActivations(uint32_t stage, int step, uint4 (&x)[kRowTiles]) {
-  const int lane = threadIdx.x % kWarpSize;
-  using Ring = DeviceRing<Weight, kRowTiles>;
-  const uint32_t box =
-      stage + Ring::kWeightBoxes * kWeightBoxBytes + step / 2 * Ring::kActivationBoxBytes;
-#pragma unroll
-  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    const uint32_t rows = box + row_tile * kTileRows * kBoxRowBytes;
-    if constexpr (sizeof(Weight) == 1) {
-      x[row_tile] = LoadShared(rows + PieceOffset(lane / 4, lane % 4 * 2 + step % 2));
-    } else {
-      x[row_tile] = LoadMatrices(rows + PieceOffset(lane % 8, step % 2 * 4 + lane / 8));
-    }
-  }
-}
-
-// sums += the products of steps kStep, kStep + 1, ... of the chunk in the stage at `stage`. One
-// step's operands are multiplied while the next one's are loaded; the caller loads the first.
-template <typename T, typename Weight, int kRowTiles, int kStep>
-__device__ __forceinline__ void MultiplySteps(uint32_t stage, uint4 (&weights)[2][2],
-                                              uint4 (&x)[2][kRowTiles],
-                                              float (&sums)[kRowTiles][4]) {
-  constexpr int kSteps = DeviceRing<Weight, kRowTiles>::kWeightBoxes * kStepsPerBox<Weight>;
-  constexpr int kStepsPerLoad = sizeof(Weight) == 1 ? 2 : 1;
-  constexpr int kNext = kStep + 1;
-  if constexpr (kNext < kSteps) {
-    if constexpr (kNext % kStepsPerLoad == 0) {
-      LoadWeights<Weight>(stage, kNext, weights[kNext / kStepsPerLoad % 2]);
-    }
-    LoadActivations<Weight>(stage, kNext, x[kNext % 2]);
-  }
-  const uint4(&now)[2] = weights[kStep / kStepsPerLoad % 2];
-  // A operands of the step's two instructions: top and bottom eight outputs, low and high half of
-  // k.
-  uint32_t a[2][4];
-  if constexpr (sizeof(Weight) == 1) {
-    constexpr bool kIsEven = kStep % 2 == 0;
-    const Widened<T> top(kIsEven ? now[0].x : now[0].z, kIsEven ? now[0].y : now[0].w);
-    const Widened<T> bottom(kIsEven ? now[1].x : now[1].z, kIsEven ? now[1].y : now[1].w);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      a[i][0] = top.words[2 * i], a[i][1] = bottom.words[2 * i];
-      a[i][2] = top.words[2 * i + 1], a[i][3] = bottom.words[2 * i + 1];
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      a[i][0] = now[i].x, a[i][1] = now[i].y, a[i][2] = now[i].z, a[i][3] = now[i].w;
-  }
-#pragma unroll
-  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    MultiplyAdd<T>(sums[row_tile], a[0], x[kStep % 2][row_tile].x, x[kStep % 2][row_tile].y);
-  }
-#pragma unroll
-  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    MultiplyAdd<T>(sums[row_tile], a[1], x[kStep % 2][row_tile].z, x[kStep % 2][row_tile].w);
-  }
-  if constexpr (kNext < kSteps) MultiplySteps<T, Weight, kRowTiles, kNext>(stage, weights, x, sums);
-}
-
-template <typename T, typename Weight, int kRowTiles>
-__device__ __forceinline__ void MultiplyChunk(uint32_t stage, float (&sums)[kRowTiles][4]) {
-  uint4 weights[2][2], x[2][kRowTiles];
-  LoadWeights<Weight>(stage, 0, weights[0]);
-  LoadActivations<Weight>(stage, 0, x[0]);
-  MultiplySteps<T, Weight, kRowTiles, 0>(stage, weights, x, sums);
 }
 
 // What is added to the sums of this lane's outputs, lane / 4 and lane / 4 + 8 of its warp's 16.
@@ -347,15 +134,10 @@ __device__ __forceinline__ int32_t* SemaphoreOf(const KernelArgs& args, int shar
   return args.semaphores + share * kWarps + threadIdx.x / kWarpSize;
 }
 
-// The first chunk of a share: first come the others' shares, then those of the blocks that start
-// first. Products fit 32 bits, which the launch sees to.
+// The first chunk of a share. The product fits 32 bits, which the launch sees to.
 __device__ __forceinline__ int FirstChunk(const KernelArgs& args, int share) {
-  const uint32_t num_large = args.num_large_shares;
-  const uint32_t num_small = gridDim.x - num_large;
-  const uint32_t in_small = min(static_cast<uint32_t>(share), num_small);
-  const uint32_t weight = kSmallShare * in_small + kLargeShare * (share - in_small);
-  const uint32_t total = kSmallShare * num_small + kLargeShare * num_large;
-  return static_cast<int>(weight * static_cast<uint32_t>(args.num_chunks) / total);
+  return static_cast<int>(static_cast<uint32_t>(share) * static_cast<uint32_t>(args.num_chunks) /
+                          gridDim.x);
 }
 
 // Hands this warp's part of a tile to the block that finishes it.
@@ -605,133 +387,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   }
 }
 
-struct PrepareArgs {
-  const void* x;
-  const void* ln_scale;
-  const void* ln_bias;
-  const float* k_multiplier;
-  void* h;
-  int k_dim;
-  bool is_x_float32;
-  float epsilon;
-};
-
-constexpr int kPrepareThreads = 512;
-constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
-constexpr int kPrepareVectors =
-    2;  // of 8 values a thread that stay in registers; K above 8192 is read again
-
-__device__ __forceinline__ float SumOfBlock(float value, float* shared) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  }
-  __syncthreads();
-  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPrepareWarps; ++i) sum += shared[i];
-  return sum;
-}
-
-// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row. In f32: mean first,
-// then the mean square of what is left.
-template <typename T>
-__global__ void __launch_bounds__(kPrepareThreads)
-    PrepareKernel(const __grid_constant__ PrepareArgs args) {
-  __shared__ float shared[kPrepareWarps];
-  LaunchDependents();
-  WaitForDependency();
-  const int64_t row_begin = static_cast<int64_t>(blockIdx.x) * args.k_dim;
-  const int num_vectors = args.k_dim / 8;
-
-  const auto load = [&](int vector, float (&values)[8]) {
-    if (args.is_x_float32) {
-      const float4* x =
-          reinterpret_cast<const float4*>(static_cast<const float*>(args.x) + row_begin) +
-          vector * 2;
-      const float4 low = __ldcg(x);
-      const float4 high = __ldcg(x + 1);
-      values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-      values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-    } else {
-      Unpack<T>(__ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(args.x) + row_begin) +
-                       vector),
-                values);
-    }
-  };
-  float kept[kPrepareVectors][8];
-#pragma unroll
-  for (int i = 0; i < kPrepareVectors; ++i) {
-    const int vector = i * kPrepareThreads + threadIdx.x;
-    if (vector < num_vectors) load(vector, kept[i]);
-  }
-  const auto for_each = [&](auto&& body) {
-#pragma unroll
-    for (int i = 0; i < kPrepareVectors; ++i) {
-      const int vector = i * kPrepareThreads + threadIdx.x;
-      if (vector < num_vectors) body(vector, kept[i]);
-    }
-    for (int vector = kPrepareVectors * kPrepareThreads + threadIdx.x; vector < num_vectors;
-         vector += kPrepareThreads) {
-      float values[8];
-      load(vector, values);
-      body(vector, values);
-    }
-  };
-
-  float mean = 0.0f;
-  float inverse_deviation = 1.0f;
-  if (args.ln_scale != nullptr) {
-    float sum = 0.0f;
-    for_each([&](int, const float (&values)[8]) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum += values[i];
-    });
-    mean = SumOfBlock(sum, shared) / args.k_dim;
-    float squares = 0.0f;
-    for_each([&](int, const float (&values)[8]) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) squares += (values[i] - mean) * (values[i] - mean);
-    });
-    inverse_deviation = rsqrtf(SumOfBlock(squares, shared) / args.k_dim + args.epsilon);
-  }
-  for_each([&](int vector, const float (&values)[8]) {
-    float out[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = (values[i] - mean) * inverse_deviation;
-    if (args.ln_scale != nullptr) {
-      float scale[8], bias[8];
-      Unpack<T>(reinterpret_cast<const uint4*>(args.ln_scale)[vector], scale);
-      Unpack<T>(reinterpret_cast<const uint4*>(args.ln_bias)[vector], bias);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = out[i] * scale[i] + bias[i];
-    }
-    if (args.k_multiplier != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] *= args.k_multiplier[vector * 8 + i];
-    }
-    __stcg(reinterpret_cast<uint4*>(static_cast<T*>(args.h) + row_begin) + vector, Pack<T>(out));
-  });
-}
-
-template <typename T>
-const char* LaunchPrepare(const LinearParams& params, cudaStream_t stream) {
-  const KernelTraits& traits = TraitsOf<PrepareKernel<T>>([](bool) { return 0; });
-  if (traits.error != cudaSuccess) return MessageOf(traits.error);
-  const PrepareArgs args = {params.x,
-                            params.ln_scale,
-                            params.ln_bias,
-                            params.k_multiplier,
-                            params.h,
-                            static_cast<int>(params.k_dim),
-                            params.x_dtype == DataType::kFloat32,
-                            params.epsilon};
-  return MessageOf(Launch<PrepareKernel<T>>(traits, dim3(static_cast<unsigned>(params.rows)),
-                                            kPrepareThreads, 0, stream, args));
-}
-
 template <typename T, typename Weight, int kRowTiles, bool kIsHopper>
 const char* LaunchProduct(const LinearParams& params, const void* x, const KernelTraits& traits,
                           cudaStream_t stream) {
@@ -768,9 +423,6 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const Kerne
   args.chunks_per_tile = static_cast<int>(chunks_per_tile);
   args.num_chunks = static_cast<int>(num_chunks);
   const int grid = std::min({traits.num_multiprocessors, kMaxGrid, args.num_chunks});
-  // With few chunks a share might be empty.
-  args.num_large_shares =
-      kIsHopper && args.num_chunks >= 4 * grid ? grid / kBlocksPerLargeShare : 0;
   return MessageOf(Launch<LinearKernel<T, Weight, kRowTiles>>(
       traits, dim3(grid), kIsHopper ? kHopperThreads : kThreads, Ring::kSharedBytes, stream, args));
 }
