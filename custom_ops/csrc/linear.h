@@ -52,7 +52,8 @@ struct LinearParams {
   int64_t partials_bytes;
   int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA only
 
-  // The weight may be read before the kernels ahead in the stream have finished.
+  // Weight, LayerNorm's scale and bias, and multiplier may be read before the kernels ahead in the
+  // stream have finished.
   bool prefetch_weight;
 };
 
