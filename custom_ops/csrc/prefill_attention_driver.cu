@@ -296,6 +296,7 @@ struct Call {
   std::vector<uint16_t> Run(const PrefillAttentionParams& changed) const {
     Reset();
     Require(cudaMemset(params.tiles, 0x7f, params.tiles_bytes), "cudaMemset");
+    Require(CheckPrefillAttention(changed));
     Require(LaunchPrefillAttention(changed, nullptr));
     Require(cudaDeviceSynchronize(), "prefill_attention");
     return ToHost<uint16_t>(params.act, act_start.size());
