@@ -134,22 +134,34 @@ __device__ void ListTiles(const KernelArgs& args, int2* levels) {
   }
 }
 
-// Rotates the pairs of eight neighbouring dimensions of a token and rounds them as the cache does.
-template <typename T>
-__device__ __forceinline__ uint4 Rotate(const KernelArgs& args, uint4 bits, int token, int dim) {
-  float values[8], rotated[8];
-  Unpack<T>(bits, values);
+// The angles of eight neighbouring dimensions of a token.
+struct Angles {
+  float cos[4];
+  float sin[4];
+
+  __device__ __forceinline__ Angles(const KernelArgs& args, int token, int dim, bool is_there) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool is_rotated = dim + 2 * i < args.rotary_dim;
-    const int64_t at = static_cast<int64_t>(token) * (args.rotary_dim / 2) + dim / 2 + i;
-    const float cos = is_rotated ? __ldcg(args.cos + at) : 1.0f;
-    const float sin = is_rotated ? __ldcg(args.sin + at) : 0.0f;
-    rotated[2 * i] = values[2 * i] * cos - values[2 * i + 1] * sin;
-    rotated[2 * i + 1] = values[2 * i + 1] * cos + values[2 * i] * sin;
+    for (int i = 0; i < 4; ++i) {
+      const bool is_rotated = is_there && dim + 2 * i < args.rotary_dim;
+      const int64_t at = static_cast<int64_t>(token) * (args.rotary_dim / 2) + dim / 2 + i;
+      cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
+      sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
+    }
   }
-  return Pack<T>(rotated);
-}
+
+  // Rotates the pairs and rounds them as the cache does.
+  template <typename T>
+  __device__ __forceinline__ uint4 Rotate(uint4 bits) const {
+    float values[8], rotated[8];
+    Unpack<T>(bits, values);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rotated[2 * i] = values[2 * i] * cos[i] - values[2 * i + 1] * sin[i];
+      rotated[2 * i + 1] = values[2 * i + 1] * cos[i] + values[2 * i] * sin[i];
+    }
+    return Pack<T>(rotated);
+  }
+};
 
 constexpr int kAppendThreads = 256;
 constexpr int kAppendPieces = 4;  // of 16 bytes that a thread has under way
@@ -205,7 +217,9 @@ __global__ void __launch_bounds__(kAppendThreads)
       uint4* pages = static_cast<uint4*>(args.v_pages);
       if (piece < width_pieces) {
         const int dim = piece % kHeadPieces * 8;
-        if (dim < args.rotary_dim) pieces[i] = Rotate<T>(args, pieces[i], token, dim);
+        if (dim < args.rotary_dim) {
+          pieces[i] = Angles(args, token, dim, true).Rotate<T>(pieces[i]);
+        }
         pages = static_cast<uint4*>(args.k_pages);
       } else {
         piece -= width_pieces;
@@ -216,6 +230,13 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 }
 
+// 2^x, 0 for what would be subnormal.
+__device__ __forceinline__ float PowerOfTwo(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The online softmax of one query.
 struct Softmax {
   float maximum = -INFINITY;  // of the scores, in powers of two, as of the last rescaling
@@ -224,7 +245,7 @@ struct Softmax {
   // Takes a tile's maximum; returns what earlier sums are multiplied by.
   __device__ __forceinline__ float Raise(float tile_maximum) {
     if (!(tile_maximum > maximum + kRescaleAbove)) return 1.0f;
-    const float rescale = exp2f(maximum - tile_maximum);
+    const float rescale = PowerOfTwo(maximum - tile_maximum);
     maximum = tile_maximum;
     sum *= rescale;
     return rescale;
@@ -265,7 +286,7 @@ __device__ __forceinline__ float2 TakeSoftmax(float (&scores)[kScores], Softmax 
 #pragma unroll
   for (int i = 0; i < kScores; ++i) {
     Softmax& of_query = softmax[i / 2 % 2];
-    scores[i] = exp2f(fmaf(scores[i], log2_scale, -of_query.maximum));
+    scores[i] = PowerOfTwo(fmaf(scores[i], log2_scale, -of_query.maximum));
     of_query.sum += scores[i];
   }
   return rescale;
@@ -313,18 +334,29 @@ __device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
   return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
 }
 
-// Rotates queries of a box after box in shared memory: rows [0, num_rows) of 64, of tokens from
-// `token` on, by kThreads threads.
-template <typename T, int kThreads>
+// Rotates 64 queries in shared memory, box after box, by 128 threads: those of tokens from `token`
+// on, of which the first `num_rows` exist. Calls wait() before the first is read, with the angles of
+// a box under way.
+template <typename T, typename Wait>
 __device__ __forceinline__ void RotateQueries(const KernelArgs& args, uint32_t boxes, int token,
-                                              int num_rows, int thread) {
+                                              int num_rows, int thread, Wait wait) {
+  constexpr int kThreads = 128;
+  constexpr int kPieces = kBoxBytes / 16 / kThreads;  // of a thread in a box
   const int rotated_boxes = (args.rotary_dim + kBoxColumns - 1) / kBoxColumns;
-  for (int i = thread; i < rotated_boxes * kBoxTokens * 8; i += kThreads) {
-    const int row = i / 8 % kBoxTokens, piece = i % 8, box = i / (8 * kBoxTokens);
-    const int dim = box * kBoxColumns + piece * 8;
-    if (row >= num_rows || dim >= args.rotary_dim) continue;
-    const uint32_t at = boxes + box * kBoxBytes + PieceOffset(row, piece);
-    StoreShared(at, Rotate<T>(args, LoadShared(at), token + row, dim));
+  const int dim = thread % 8 * 8, row = thread / 8;  // the next piece is kThreads / 8 rows below
+  for (int box = 0; box < rotated_boxes; ++box) {
+    const auto angles_of = [&](int i) {
+      const int of_row = row + i * (kThreads / 8);
+      return Angles(args, token + of_row, box * kBoxColumns + dim, of_row < num_rows);
+    };
+    const Angles angles[kPieces] = {angles_of(0), angles_of(1), angles_of(2), angles_of(3)};
+    if (box == 0) wait();
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32_t at =
+          boxes + box * kBoxBytes + PieceOffset(row + i * (kThreads / 8), thread % 8);
+      StoreShared(at, angles[i].template Rotate<T>(LoadShared(at)));
+    }
   }
 }
 
@@ -444,6 +476,10 @@ __device__ __forceinline__ void FenceForAsync() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
+__device__ __forceinline__ void PrefetchMap(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
+
 // The fetching warp: queries, and each tile of keys before the values of the tile ahead of it, in
 // the order in which the groups wait for them.
 template <int kHeadDim>
@@ -558,11 +594,13 @@ __device__ __forceinline__ void Attend(const KernelArgs& args, const HopperShare
     return TakeSoftmax(scores, softmax, positions, args.log2_scale);
   };
 
-  BarrierWait(shared.QueriesFull(group), 0);
+  const auto wait_for_queries = [&] { BarrierWait(shared.QueriesFull(group), 0); };
   if (args.rotary_dim > 0) {
-    RotateQueries<T, kGroupThreads>(args, queries, token, num_queries, thread);
+    RotateQueries<T>(args, queries, token, num_queries, thread, wait_for_queries);
     FenceForAsync();
     GroupBarrier(group);
+  } else {
+    wait_for_queries();
   }
 
   BarrierWait(shared.KeysFull(0), 0);
@@ -620,6 +658,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using Shared = HopperShared<kHeadDim>;
   extern __shared__ uint8_t shared_bytes[];
   const Shared shared(shared_bytes);
+  if (threadIdx.x == kGroups * kGroupThreads) {
+    PrefetchMap(hopper.q);
+    PrefetchMap(hopper.k);
+    PrefetchMap(hopper.v);
+  }
   LaunchDependents();
   WaitForDependency();
   const int head = static_cast<int>(blockIdx.x) % hopper.args.num_heads;
@@ -758,7 +801,7 @@ __global__ void __launch_bounds__(kPortableThreads)
     CopyAsyncWait<1>();
     __syncthreads();
     if (i == 0 && args.rotary_dim > 0) {
-      RotateQueries<T, kPortableThreads>(args, queries, tile.begin, num_queries, threadIdx.x);
+      RotateQueries<T>(args, queries, tile.begin, num_queries, threadIdx.x, [] {});
       __syncthreads();
     }
     float scores[kKeys / 2];
