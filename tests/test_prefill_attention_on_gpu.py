@@ -63,12 +63,13 @@ def test_prefill_and_decoding_share_the_cache():
     arguments = arguments_of(SMALL)
     act, k_pages, v_pages = run(arguments, "ffi")
     one_less = arguments | {"num_new": arguments["num_new"] - 1}
-    _, *pages = custom_ops.prefill_attention(**one_less, implementation="ffi")[:3]
+    _, k_before, v_before, _ = custom_ops.prefill_attention(**one_less, implementation="ffi")
     last = arguments["begins"] + arguments["num_new"] - 1
     decoded, k_appended, v_appended, _ = custom_ops.decode_attention(
         arguments["qkv"][last],
         tuple(table[last] for table in arguments["rotary"]),
-        *pages,
+        k_before,
+        v_before,
         arguments["page_table"],
         arguments["lengths"] + arguments["num_new"] - 1,
         jnp.ones(2, jnp.int32),
