@@ -3,13 +3,14 @@
 //   append   a first kernel rotates the new k and writes k and v to their pages, bound by memory, and
 //            lists the tiles of queries, those with the most keys first, so that the last blocks to
 //            start have the least to do.
-//   attend   a block takes one head of 128 queries of one row, or of 64. Keys and values come from
-//            the pages, so that a prefix costs what its products cost. q is rotated in shared memory.
-//            On sm_90a one warp fetches through tensor copies into rings, and two groups of four
-//            warps multiply 64 queries each: the scores of the next keys are under way, and so are
-//            the weighted values of the last, while a group takes the softmax of scores (as
-//            FlashAttention-3 does, Shah et al. 2024). Elsewhere each of four warps has 16
-//            queries, and copies and products alternate (FlashAttention-2, Dao 2023).
+//   attend   a block takes one head of 128 queries of one row, 64 on other than sm_90a. Keys and
+//            values come from the pages, so that a prefix costs what its products cost. q is rotated
+//            in shared memory. On sm_90a one warp fetches through tensor copies into rings, and two
+//            groups of four warps multiply 64 queries each: while a group takes the softmax of a
+//            tile's scores, the tensor cores have its weights of the tile before times the values
+//            (FlashAttention-3, Shah et al. 2024), and the other group's products. Elsewhere each of
+//            four warps has 16 queries, and the next keys are copied during a softmax
+//            (FlashAttention-2, Dao 2023).
 //   softmax  online (Milakov and Gimelshein 2018), in powers of two. Sums are rescaled only when a
 //            row's maximum has grown by more than 8: until then weights are up to 2^8 too large,
 //            which f32 sums and 16-bit weights hold as exactly.
@@ -360,8 +361,8 @@ __device__ __forceinline__ void RotateQueries(const KernelArgs& args, uint32_t b
   }
 }
 
-// Writes a warp's 16 queries: sums over `total` weights, through shared memory that the warp has for
-// itself, 16 rows of boxes of kRows rows, so that whole rows are written. The first `num_rows` exist.
+// Writes a warp's 16 queries, sums over their total weight, through 16 rows of boxes that the warp
+// has for itself, so that whole rows are written. The first `num_rows` exist.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void WriteQueries(const KernelArgs& args, uint32_t boxes,
                                              const float (&sums)[kHeadDim / 2],
