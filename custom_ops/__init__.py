@@ -1,4 +1,5 @@
-"""Kernels of a decode step behind `jax.numpy` references and XLA's FFI, usable from plain JAX (docs/custom-ops.md).
+"""Kernels of a decode step and of prefill behind `jax.numpy` references and XLA's FFI, usable from plain JAX
+(docs/custom-ops.md).
 
 Each op has the implementations "reference" and "ffi"; which of them a machine has is asked before (`*_ffi_problem`),
 and an op raises where the one it is told to use cannot serve.
@@ -7,10 +8,17 @@ and an op raises where the one it is told to use cannot serve.
 from custom_ops._library import LibraryInfo, jaxlib_ffi_version, library_info
 from custom_ops.decode_attention import decode_attention, decode_attention_ffi_problem, decode_attention_reference
 from custom_ops.linear import MAX_ROWS, LayerNorm, linear, linear_ffi_problem, linear_reference
+from custom_ops.prefill_attention import (
+    MAX_ATTENTION_ROWS,
+    prefill_attention,
+    prefill_attention_ffi_problem,
+    prefill_attention_reference,
+)
 from custom_ops.quantization import QuantizedArray, dequantize, quantize_weight
 from custom_ops.semaphores import NUM_SEMAPHORES, make_semaphores
 
 __all__ = [
+    "MAX_ATTENTION_ROWS",
     "MAX_ROWS",
     "NUM_SEMAPHORES",
     "LayerNorm",
@@ -26,5 +34,8 @@ __all__ = [
     "linear_ffi_problem",
     "linear_reference",
     "make_semaphores",
+    "prefill_attention",
+    "prefill_attention_ffi_problem",
+    "prefill_attention_reference",
     "quantize_weight",
 ]

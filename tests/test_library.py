@@ -240,6 +240,22 @@ def make_operands(target):
             "result partials": (f32, 2 * 2 * 66),
             "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
         },
+        "kogpt_prefill_attention": {
+            "qkv": (bf16, 70, 3 * 2 * 64),
+            "cos": (f32, 70, 16),
+            "sin": (f32, 70, 16),
+            "k_pages": (bf16, 5, 2, 64, 64),
+            "v_pages": (bf16, 5, 2, 64, 64),
+            "page_table": (i32, 2, 2),
+            "begins": (i32, 2),
+            "num_new": (i32, 2),
+            "lengths": (i32, 2),
+            "act": (bf16, 70, 160),
+            "result act": (bf16, 70, 160),
+            "result k_pages": (bf16, 5, 2, 64, 64),
+            "result v_pages": (bf16, 5, 2, 64, 64),
+            "result tiles": (i32, 3, 4),
+        },
     }
     return {name: jnp.zeros(shape, dtype) for name, (dtype, *shape) in shapes[target].items()}
 
@@ -248,12 +264,14 @@ def make_operands(target):
 ALIASES = {
     "kogpt_linear": {"semaphores": "result semaphores"},
     "kogpt_decode_attention": {name: f"result {name}" for name in ("act", "k_pages", "v_pages", "semaphores")},
+    "kogpt_prefill_attention": {name: f"result {name}" for name in ("act", "k_pages", "v_pages")},
 }
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "kogpt_linear": {"gelu_from": np.int64(16), "epsilon": np.float32(1e-5), "prefetch_weight": False},
     "kogpt_decode_attention": {"prefetch_cache": False},
+    "kogpt_prefill_attention": {"max_new": np.int64(70)},
 }
-TARGETS = list(ATTRIBUTES)
+TARGETS = ["kogpt_linear", "kogpt_decode_attention"]  # of both libraries
 # Of an aliased pair XLA checks that both are alike, so they are changed together, under the argument's name.
 OPERANDS = [
     (target, name) for target in TARGETS for name in make_operands(target) if name not in ALIASES[target].values()

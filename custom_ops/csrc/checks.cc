@@ -2,6 +2,7 @@
 // bindings' to check.
 #include "decode_attention.h"
 #include "linear.h"
+#include "prefill_attention.h"
 
 namespace kogpt {
 namespace {
@@ -69,6 +70,46 @@ const char* CheckDecodeAttention(const DecodeAttentionParams& params) {
       params.page_table == nullptr || params.lengths == nullptr || params.num_new == nullptr ||
       params.act == nullptr) {
     return "qkv, the pages, page_table, lengths, num_new and act must be there";
+  }
+  if (params.rotary_dim > 0 && (params.cos == nullptr || params.sin == nullptr)) {
+    return "cos and sin must be there when rotary_dim is not 0";
+  }
+  return nullptr;
+}
+
+const char* CheckPrefillAttention(const PrefillAttentionParams& params) {
+  constexpr int64_t kMaxInt = 0x7fffffff;
+  if (params.total_tokens < 0 || params.total_tokens >= kMaxInt) {
+    return "there must be less than 2^31 - 1 tokens";
+  }
+  if (params.batch < 0 || params.batch > kPrefillAttentionMaxRows) {
+    return "there must be at most 1024 rows";
+  }
+  if (params.num_heads < 1) return "the cache must have at least one head";
+  if (params.head_dim != 64 && params.head_dim != 128 && params.head_dim != 256) {
+    return "head_dim must be 64, 128 or 256";
+  }
+  if (params.page_len < 64 || params.page_len % 64 != 0) return "page_len must be a multiple of 64";
+  if (params.num_pages < 1 || params.max_pages < 1) return "there must be at least one page";
+  if (params.num_pages * params.num_heads * params.page_len > kMaxInt ||
+      params.max_pages * params.page_len > kMaxInt) {
+    return "the pages must hold less than 2^31 tokens of all heads";
+  }
+  if (params.max_new < 0) return "max_new must not be negative";
+  if (params.rotary_dim < 0 || params.rotary_dim % 2 != 0 || params.rotary_dim > params.head_dim) {
+    return "rotary_dim must be even and at most head_dim";
+  }
+  if (params.act_dim < params.num_heads * params.head_dim) {
+    return "act must hold the outputs of all heads";
+  }
+  if (params.dtype != DataType::kFloat16 && params.dtype != DataType::kBfloat16) {
+    return "qkv, pages and act must be f16 or bf16";
+  }
+  if (params.batch == 0 || params.total_tokens == 0) return nullptr;
+  if (params.qkv == nullptr || params.k_pages == nullptr || params.v_pages == nullptr ||
+      params.page_table == nullptr || params.begins == nullptr || params.num_new == nullptr ||
+      params.lengths == nullptr || params.act == nullptr) {
+    return "qkv, the pages, page_table, begins, num_new, lengths and act must be there";
   }
   if (params.rotary_dim > 0 && (params.cos == nullptr || params.sin == nullptr)) {
     return "cos and sin must be there when rotary_dim is not 0";

@@ -185,6 +185,7 @@ inline const char* MessageOf(cudaError_t error) {
 struct KernelTraits {
   cudaError_t error = cudaErrorUnknown;
   bool is_hopper = false;  // compiled for sm_90 or newer: dependent launch, clusters, tensor copies
+  int ptx_version = 0;     // such as 90: that of the code that runs
   int num_multiprocessors = 0;
 };
 
@@ -208,6 +209,7 @@ const KernelTraits& TraitsOf(SharedBytes shared_bytes) {
     cudaFuncAttributes attributes;
     traits.error = cudaFuncGetAttributes(&attributes, kKernel);
     if (traits.error == cudaSuccess) {
+      traits.ptx_version = attributes.ptxVersion;
       traits.is_hopper = attributes.ptxVersion >= 90;
       traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           shared_bytes(traits.is_hopper));

@@ -1,0 +1,125 @@
+// `kogpt_prefill_attention`: buffers to PrefillAttentionParams.
+#include <cstdint>
+#include <string>
+
+#include "ffi_helpers.h"
+#include "prefill_attention.h"
+
+namespace kogpt {
+namespace {
+
+ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer sin, Buffer k_pages,
+                                Buffer v_pages, Buffer page_table, Buffer begins, Buffer num_new,
+                                Buffer lengths, Buffer act, ResultBuffer act_out,
+                                ResultBuffer k_pages_out, ResultBuffer v_pages_out,
+                                ResultBuffer tiles, int64_t max_new) {
+  Checks check("kogpt_prefill_attention");
+  check.Dtype("k_pages", k_pages, {ffi::F16, ffi::BF16});
+  check.Rank("k_pages", k_pages, 4);
+  check.Rank("page_table", page_table, 2);
+  check.Rank("cos", cos, 2);
+  check.Rank("act", act, 2);
+  if (check.failed()) return check.error();
+
+  const ffi::DataType dtype = k_pages.element_type();
+  const int64_t num_pages = k_pages.dimensions()[0];
+  const int64_t num_heads = k_pages.dimensions()[1];
+  const int64_t page_len = k_pages.dimensions()[2];
+  const int64_t head_dim = k_pages.dimensions()[3];
+  const int64_t batch = page_table.dimensions()[0];
+  const int64_t max_pages = page_table.dimensions()[1];
+  const int64_t half_rotary_dim = cos.dimensions()[1];
+  const int64_t total_tokens = act.dimensions()[0];
+  const int64_t act_dim = act.dimensions()[1];
+
+  check.Dtype("qkv", qkv, {dtype});
+  check.Shape("qkv", qkv, {total_tokens, 3 * num_heads * head_dim});
+  check.Dtype("cos", cos, {ffi::F32});
+  check.Shape("cos", cos, {total_tokens, half_rotary_dim});
+  check.Dtype("sin", sin, {ffi::F32});
+  check.Shape("sin", sin, {total_tokens, half_rotary_dim});
+  check.Dtype("v_pages", v_pages, {dtype});
+  check.Shape("v_pages", v_pages, {num_pages, num_heads, page_len, head_dim});
+  check.Dtype("page_table", page_table, {ffi::S32});
+  check.Dtype("begins", begins, {ffi::S32});
+  check.Shape("begins", begins, {batch});
+  check.Dtype("num_new", num_new, {ffi::S32});
+  check.Shape("num_new", num_new, {batch});
+  check.Dtype("lengths", lengths, {ffi::S32});
+  check.Shape("lengths", lengths, {batch});
+  check.Dtype("act", act, {dtype});
+
+  check.Dtype("result act", *act_out, {dtype});
+  check.Shape("result act", *act_out, {total_tokens, act_dim});
+  check.Aliased("act", act, *act_out);
+  check.Dtype("result k_pages", *k_pages_out, {dtype});
+  check.Shape("result k_pages", *k_pages_out, {num_pages, num_heads, page_len, head_dim});
+  check.Aliased("k_pages", k_pages, *k_pages_out);
+  check.Dtype("result v_pages", *v_pages_out, {dtype});
+  check.Shape("result v_pages", *v_pages_out, {num_pages, num_heads, page_len, head_dim});
+  check.Aliased("v_pages", v_pages, *v_pages_out);
+  check.Dtype("result tiles", *tiles, {ffi::S32});
+  check.Rank("result tiles", *tiles, 2);
+  if (check.failed()) return check.error();
+
+  PrefillAttentionParams params = {};
+  params.total_tokens = total_tokens;
+  params.batch = batch;
+  params.num_heads = num_heads;
+  params.head_dim = head_dim;
+  params.page_len = page_len;
+  params.num_pages = num_pages;
+  params.max_pages = max_pages;
+  params.max_new = max_new;
+  params.rotary_dim = 2 * half_rotary_dim;
+  params.act_dim = act_dim;
+  params.dtype = *ToDataType(dtype);
+  params.qkv = DataOrNull<const void>(qkv);
+  params.cos = DataOrNull<const float>(cos);
+  params.sin = DataOrNull<const float>(sin);
+  params.k_pages = DataOrNull<void>(*k_pages_out);
+  params.v_pages = DataOrNull<void>(*v_pages_out);
+  params.page_table = DataOrNull<const int32_t>(page_table);
+  params.begins = DataOrNull<const int32_t>(begins);
+  params.num_new = DataOrNull<const int32_t>(num_new);
+  params.lengths = DataOrNull<const int32_t>(lengths);
+  params.act = DataOrNull<void>(*act_out);
+  params.tiles = DataOrNull<int32_t>(*tiles);
+  params.tiles_bytes = static_cast<int64_t>(tiles->size_bytes());
+  check.Message(CheckPrefillAttention(params));
+  if (check.failed()) return check.error();
+
+  check.That(params.tiles_bytes >= PrefillAttentionTilesBytes(params), "result tiles",
+             "have at least " + std::to_string(PrefillAttentionTilesBytes(params)) + " bytes",
+             std::to_string(params.tiles_bytes));
+  if (check.failed()) return check.error();
+  if (const char* message = LaunchPrefillAttention(params, stream)) {
+    return ffi::Error::Internal(std::string("kogpt_prefill_attention: ") + message);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace kogpt
+
+extern "C" KOGPT_EXPORT XLA_FFI_Error* PrefillAttention(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PrefillAttention, kogpt::PrefillAttentionImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<kogpt::ExecutorContext>()
+                                  .Arg<kogpt::Buffer>()  // qkv
+                                  .Arg<kogpt::Buffer>()  // cos
+                                  .Arg<kogpt::Buffer>()  // sin
+                                  .Arg<kogpt::Buffer>()  // k_pages
+                                  .Arg<kogpt::Buffer>()  // v_pages
+                                  .Arg<kogpt::Buffer>()  // page_table
+                                  .Arg<kogpt::Buffer>()  // begins
+                                  .Arg<kogpt::Buffer>()  // num_new
+                                  .Arg<kogpt::Buffer>()  // lengths
+                                  .Arg<kogpt::Buffer>()  // act
+                                  .Ret<kogpt::Buffer>()  // act, aliased
+                                  .Ret<kogpt::Buffer>()  // k_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // v_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // tiles: scratch
+                                  .Attr<int64_t>("max_new"),
+                              kogpt::kHandlerTraits);

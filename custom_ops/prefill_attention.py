@@ -1,0 +1,260 @@
+"""Causal attention of many new tokens a row over paged keys and values, with rotary embedding and cache append in
+front."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from custom_ops import _arguments, _library, numerics
+from custom_ops import pages as kv_pages
+from custom_ops.decode_attention import HEAD_DIMS
+from custom_ops.rotary import apply_rotary
+
+MAX_ATTENTION_ROWS = 1024  # with implementation "ffi"
+
+# The CUDA kernels list tiles of this many queries of a row, or of more.
+_MIN_TILE_QUERIES = 64
+# The reference takes this many queries at a time, so that scores take [N, block, max_pages * page_len].
+_QUERY_BLOCK = 256
+
+
+def prefill_attention(
+    qkv: Float[Array, "total_tokens qkv_dim"],
+    rotary: tuple[Float32[Array, "total_tokens R"], Float32[Array, "total_tokens R"]],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int32[Array, "B max_pages"],
+    begins: Int32[Array, " B"],
+    num_new: Int32[Array, " B"],
+    lengths: Int32[Array, " B"],
+    act: Float[Array, "total_tokens act_dim"],
+    *,
+    max_new: int | None = None,
+    semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
+    implementation: str,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Rotates the new q and k, appends k and v, and attends to the cached tokens and causally to the new ones.
+
+    Row b's new tokens are the ``num_new[b]`` ones from ``begins[b]`` on. The i-th of them, at t = begins[b] + i, has
+    position p = lengths[b] + i: the first 2 R values of each head of q and k are rotated in neighbouring pairs and
+    rounded to dtype, k and v are written into page ``page_table[b, p // page_len]`` at offset ``p % page_len``, and
+
+        act[t, n H : (n + 1) H] = sum_j softmax_j(q . k_j / sqrt(H)) v_j    over j = 0 .. p, softmax in f32
+
+        # page_len=4, begins=[3,0], num_new=[2,3], lengths=[5,0], page_table=[[2,0],[1,·]]
+        # token        0       1       2       3       4       5
+        # row, p       1, 0    1, 1    1, 2    0, 5    0, 6    none
+        # is written   1, 0    1, 1    1, 2    0, 1    0, 2    nowhere     (page, offset)
+        # attends to   0       0 1     0 1 2   0 .. 5  0 .. 6
+
+    So rows may be packed or padded to one length, and a prefix of a row may be in the cache from an earlier call or
+    from a page that rows share. What does not belong to a row's tokens stays as it is: act of tokens of no row, the
+    columns from N H on, cache slots beside the new ones (the reference writes to the scratch page, see `pages`). What
+    other slots and tokens of no row hold never gets into a result.
+
+    Args:
+        qkv: q, k and v of each token one after another, each [N, H] (N and H are those of the pages).
+        rotary: (cos, sin) of the angles at each token's position; R may be 0.
+        k_pages: the cache, updated in place if it is donated.
+        v_pages: likewise.
+        page_table: pages of each row in order; each entry that the row's tokens need is in [0, pages - 1), the others
+            are not looked at. A page that a row writes to stands in no other row.
+        begins: the first new token of each row; rows share no token.
+        num_new: new tokens of each row; may be 0.
+        lengths: tokens in the cache before them; with them at most max_pages * page_len.
+        act: where the result goes, aliased: its first N H columns are written, the others stay as they are.
+        max_new: no row has more new tokens (default: as many as there are tokens). A bound makes fewer empty tiles and
+            for the reference far less work.
+        semaphores: passed through: the kernels of this op do not count.
+        implementation: "reference" (`jax.numpy`, any sizes) or "ffi": NVIDIA GPUs, at most 1024 rows, head_dim 64, 128
+            or 256, page_len a multiple of 64, fp16 and bf16.
+
+    Returns:
+        (act, k_pages, v_pages, semaphores).
+
+    Raises:
+        ValueError: an argument does not fit the others, or the implementation does not support it. Values of
+            ``page_table``, ``begins``, ``num_new`` and ``lengths`` are not checked.
+
+    Rotary embedding is Su et al.'s (2021); the kernels follow FlashAttention-2 and -3 (Dao 2023, Shah et al. 2024).
+    """
+    _arguments.check_implementation(implementation)
+    _check(qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, max_new)
+    run = prefill_attention_reference if implementation == "reference" else prefill_attention_ffi
+    act, k_pages, v_pages = run(
+        qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, max_new=max_new
+    )
+    return act, k_pages, v_pages, semaphores
+
+
+def prefill_attention_reference(
+    qkv: Float[Array, "total_tokens qkv_dim"],
+    rotary: tuple[Array, Array],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int32[Array, "B max_pages"],
+    begins: Int32[Array, " B"],
+    num_new: Int32[Array, " B"],
+    lengths: Int32[Array, " B"],
+    act: Float[Array, "total_tokens act_dim"],
+    *,
+    max_new: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """`prefill_attention` in `jax.numpy`, row after row. Tokens of no row go to the scratch page."""
+    _, num_heads, page_len, head_dim = k_pages.shape
+    (total_tokens, _), (batch, max_pages) = act.shape, page_table.shape
+    max_new = total_tokens if max_new is None else min(max_new, total_tokens)
+    if batch == 0 or max_new == 0:
+        return act, k_pages, v_pages
+    q, k, v = jnp.moveaxis(qkv.reshape(1, total_tokens, 3, num_heads, head_dim), 2, 0)
+    cos, sin = (table[None, :, None, :] for table in rotary)
+    q, k = apply_rotary(q, k, (cos, sin))
+
+    index = jnp.arange(total_tokens) - begins[:, None]  # of a token in a row, if it is one of its
+    is_of_row = (index >= 0) & (index < jnp.minimum(num_new, max_pages * page_len - lengths)[:, None])
+    is_valid, row_of_token = jnp.any(is_of_row, axis=0), jnp.argmax(is_of_row, axis=0)
+    index = jnp.where(is_valid, jnp.take_along_axis(index, row_of_token[None], axis=0)[0], 0)
+    positions = (lengths[row_of_token] + index)[:, None]
+    where = (page_table[row_of_token], positions, is_valid[:, None])
+    k_pages = kv_pages.append(k_pages, k.swapaxes(0, 1), *where)
+    v_pages = kv_pages.append(v_pages, v.swapaxes(0, 1), *where)
+
+    block = min(max_new, _QUERY_BLOCK)
+
+    def attend_row(row: tuple[Array, ...]) -> Array:
+        page_ids, begin, length, count = row
+        is_token = kv_pages.valid_tokens(count[None], max_pages, page_len)[0]
+        # A page that no token needs may be named by anything.
+        page_ids = jnp.where(is_token[:, 0], page_ids, k_pages.shape[0] - 1)
+        keys, values = (kv_pages.gather(pages, page_ids[None])[0] for pages in (k_pages, v_pages))
+        values = jnp.where(is_token[:, None, :, None], values, 0)
+
+        def attend_block(start: Array) -> Array:
+            queries = jnp.minimum(begin + start + jnp.arange(block), total_tokens - 1)
+            scores = numerics.einsum("tnh,mnph->tnmp", q[0, queries], keys) / math.sqrt(head_dim)
+            is_visible = kv_pages.valid_tokens(length + start + 1 + jnp.arange(block), max_pages, page_len)
+            scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
+            probs = jnp.exp(scores - jnp.max(scores, axis=(2, 3), keepdims=True))
+            out = numerics.einsum("tnmp,mnph->tnh", probs.astype(values.dtype), values)
+            return (out / jnp.sum(probs, axis=(2, 3))[..., None]).astype(act.dtype)
+
+        blocks = jax.lax.map(attend_block, jnp.arange(0, max_new, block))
+        return blocks.reshape(-1, num_heads * head_dim)
+
+    rows = jax.lax.map(attend_row, (page_table, begins, lengths, lengths + num_new))
+    width = num_heads * head_dim
+    out = jnp.where(is_valid[:, None], rows[row_of_token, jnp.minimum(index, rows.shape[1] - 1)], act[:, :width])
+    return jnp.concatenate([out, act[:, width:]], axis=1), k_pages, v_pages
+
+
+def prefill_attention_ffi(
+    qkv: Float[Array, "total_tokens qkv_dim"],
+    rotary: tuple[Array, Array],
+    k_pages: Float[Array, "pages N page_len H"],
+    v_pages: Float[Array, "pages N page_len H"],
+    page_table: Int32[Array, "B max_pages"],
+    begins: Int32[Array, " B"],
+    num_new: Int32[Array, " B"],
+    lengths: Int32[Array, " B"],
+    act: Float[Array, "total_tokens act_dim"],
+    *,
+    max_new: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """`prefill_attention` through XLA's FFI (csrc/prefill_attention.h): the CUDA handler on an NVIDIA GPU.
+
+    On arrays that are sharded over devices, call it inside `jax.shard_map`. `jax.vmap` of it raises.
+    """
+    _, _, page_len, head_dim = k_pages.shape
+    total_tokens, batch = act.shape[0], page_table.shape[0]
+    problem = prefill_attention_ffi_problem(
+        platform="gpu", dtype=k_pages.dtype, head_dim=head_dim, page_len=page_len, batch=batch
+    )
+    if problem is not None:
+        raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
+    max_new = total_tokens if max_new is None else min(max_new, total_tokens)
+    num_tiles = min(total_tokens // _MIN_TILE_QUERIES + batch, batch * -(-max_new // _MIN_TILE_QUERIES))
+    results = (
+        jax.ShapeDtypeStruct(act.shape, act.dtype),
+        jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
+        jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+        jax.ShapeDtypeStruct((num_tiles, 4), jnp.int32),
+    )
+    call = jax.ffi.ffi_call("kogpt_prefill_attention", results, input_output_aliases={9: 0, 3: 1, 4: 2})
+    act, k_pages, v_pages, _ = call(
+        qkv,
+        *rotary,
+        k_pages,
+        v_pages,
+        page_table,
+        begins,
+        num_new,
+        lengths,
+        act,
+        max_new=np.int64(max_new),
+    )
+    return act, k_pages, v_pages
+
+
+def prefill_attention_ffi_problem(
+    *, platform: str, dtype: Any, head_dim: int, page_len: int, batch: int = 1
+) -> str | None:
+    """Why "ffi" cannot attend to such a cache on this machine, or None if it can; ``platform`` is "cpu" or "gpu"."""
+    if platform != "gpu":
+        return f"prefill_attention runs on NVIDIA GPUs only, not on {platform}"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim must be in {HEAD_DIMS}, got {head_dim}"
+    if page_len % 64:
+        return f"page_len must be a multiple of 64, got {page_len}"
+    if batch > MAX_ATTENTION_ROWS:
+        return f"there must be at most {MAX_ATTENTION_ROWS} rows, got {batch}"
+    if problem := _arguments.ffi_dtype_problem(platform, np.dtype(dtype)):
+        return problem
+    library = _library.load(platform)
+    return None if library.problem is None else f"prefill_attention needs the CUDA library: {library.problem}"
+
+
+def _check(
+    qkv: Array,
+    rotary: tuple[Array, Array],
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    begins: Array,
+    num_new: Array,
+    lengths: Array,
+    act: Array,
+    max_new: int | None,
+) -> None:
+    """What holds for every implementation."""
+    _arguments.check_rank("k_pages", k_pages, 4)
+    _arguments.check_rank("page_table", page_table, 2)
+    _arguments.check_rank("qkv", qkv, 2)
+    _arguments.check_rank("act", act, 2)
+    _, num_heads, _, head_dim = k_pages.shape
+    total_tokens, batch = qkv.shape[0], page_table.shape[0]
+    _arguments.check_dtype("k_pages", k_pages, _arguments.FLOAT_DTYPES)
+    _arguments.check_shape("v_pages", v_pages, k_pages.shape)
+    _arguments.check_shape("qkv", qkv, (total_tokens, 3 * num_heads * head_dim))
+    for name, array in [("v_pages", v_pages), ("qkv", qkv), ("act", act)]:
+        _arguments.check_dtype(name, array, [k_pages.dtype])
+    if len(rotary) != 2:
+        raise ValueError(f"rotary must be (cos, sin), got {len(rotary)} arrays")
+    _arguments.check_rank("rotary[0]", rotary[0], 2)
+    half_dim = rotary[0].shape[1]
+    if 2 * half_dim > head_dim:
+        raise ValueError(f"rotary must rotate at most head_dim = {head_dim} values, got {2 * half_dim}")
+    for index, table in enumerate(rotary):
+        _arguments.check_dtype(f"rotary[{index}]", table, [jnp.float32])
+        _arguments.check_shape(f"rotary[{index}]", table, (total_tokens, half_dim))
+    _arguments.check_dtype("page_table", page_table, [jnp.int32])
+    for name, array in [("begins", begins), ("num_new", num_new), ("lengths", lengths)]:
+        _arguments.check_dtype(name, array, [jnp.int32])
+        _arguments.check_shape(name, array, (batch,))
+    if act.shape[0] != total_tokens or act.shape[1] < num_heads * head_dim:
+        raise ValueError(f"act must have shape ({total_tokens}, {num_heads * head_dim} or more), got {act.shape}")
+    if max_new is not None and max_new < 0:
+        raise ValueError(f"max_new must not be negative, got {max_new}")
