@@ -168,14 +168,16 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpsConfig:
-    """What runs each op of a decode step: ``"ffi"``, the project's own kernel, or ``"reference"``, XLA.
+    """What runs each op: ``"ffi"``, the project's own kernel, or ``"reference"``, XLA.
 
-    `ops.resolve_ops` makes one when an engine is built; nothing falls back afterwards. The other phases are XLA's.
+    `ops.resolve_ops` makes one when an engine is built; nothing falls back afterwards. Products of prefill and scoring
+    are XLA's.
     """
 
     linear: Implementation = "reference"  # products of 1 to 64 rows
     linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
     decode_attention: Implementation = "reference"
+    prefill_attention: Implementation = "reference"
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:

@@ -3,7 +3,8 @@
 Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes
 queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
 `psum` follows. The phases over whole sequences differ only in how they attend: each hands `Block` a function from local
-q, k, v to attention's output. A decode step calls `custom_ops`, whose kernels do a layer in three calls.
+q, k, v to attention's output, or leaves rotary embedding, cache and attention to `custom_ops.prefill_attention`. A
+decode step calls `custom_ops`, whose kernels do a layer in three calls.
 
 The numeric oracle is Hugging Face's ``GPTJForCausalLM`` in f32. Products run in the model's dtype and accumulate in
 f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatever the dtype.
@@ -22,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from custom_ops import MAX_ROWS, QuantizedArray, decode_attention, linear, numerics, pages
+from custom_ops import MAX_ROWS, QuantizedArray, decode_attention, linear, numerics, pages, prefill_attention
 from custom_ops.rotary import apply_rotary
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.kv_cache import KVCache
@@ -76,21 +77,66 @@ class Block(nnx.Module):
         self.b_ffn_out = _param((model_dim,), ("embed",), config)
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
-        config = self.config
         batch, q_len, _ = x.shape
-        local_dim = self.num_local_heads * config.head_dim
+        qkv, ffn = self._project_in(x)
+        with jax.named_scope("attention"):
+            heads = (batch, q_len, self.num_local_heads, self.config.head_dim)
+            attn, kept = attend(*(part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1)))
+        act = jnp.concatenate([attn.reshape(batch, q_len, -1), ffn], axis=-1)
+        return self._project_out(x, act), kept
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: tuple[Array, Array],
+        layer: int,
+        cache: KVCache,
+        lengths: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        """Whole prompts, with `custom_ops.prefill_attention` between the products.
+
+        Args:
+            rotary: (cos, sin) of each token, [B T, R].
+            cache: the tokens before; its lengths are the first positions.
+            lengths: tokens of each row; what stands behind them may become anything, NaN too.
+
+        Returns:
+            The residual stream, the layer's pages with the tokens.
+        """
+        batch, q_len, _ = x.shape
+        qkv, ffn = self._project_in(x)
+        with jax.named_scope("attention"):
+            local_dim = self.num_local_heads * self.config.head_dim
+            act = jnp.concatenate([jnp.zeros_like(qkv[..., :local_dim]), ffn], axis=-1)
+            out, k_pages, v_pages, _ = prefill_attention(
+                qkv.reshape(batch * q_len, -1),
+                rotary,
+                cache.k[layer],
+                cache.v[layer],
+                cache.page_table,
+                jnp.arange(batch, dtype=jnp.int32) * q_len,
+                lengths,
+                cache.lengths,
+                act.reshape(batch * q_len, -1),
+                max_new=q_len,
+                implementation=self.ops.prefill_attention,
+            )
+        return self._project_out(x, out.reshape(act.shape)), (k_pages, v_pages)
+
+    def _project_in(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T qkv"], Float[Array, "B T F"]]:
+        """Queries, keys and values one after another, and the FFN's hidden units behind GELU."""
+        config = self.config
         with jax.named_scope("w_in"):
             h = layer_norm(x, self.ln_scale[...], self.ln_bias[...], config)
             y = dense(h, _local_weight(self.w_in, self.w_in_scale), config.jax_dtype)
-            q, k, v, ffn = jnp.split(y, (local_dim, 2 * local_dim, 3 * local_dim), axis=-1)
-        with jax.named_scope("attention"):
-            heads = (batch, q_len, self.num_local_heads, config.head_dim)
-            attn, kept = attend(q.reshape(heads), k.reshape(heads), v.reshape(heads))
-        with jax.named_scope("w_out"):
+            qkv, ffn = jnp.split(y, (3 * self.num_local_heads * config.head_dim,), axis=-1)
             ffn = jax.nn.gelu(ffn.astype(jnp.float32) + self.b_ffn_in[0].astype(jnp.float32), approximate=True)
-            act = jnp.concatenate([attn.reshape(batch, q_len, local_dim), ffn.astype(config.jax_dtype)], axis=-1)
+            return qkv, ffn.astype(config.jax_dtype)
+
+    def _project_out(self, x: Float[Array, "B T D"], act: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("w_out"):
             out = jax.lax.psum(dense(act, _local_weight(self.w_out, self.w_out_scale), jnp.float32), "tensor")
-        return x + out + self.b_ffn_out[...].astype(jnp.float32), kept
+        return x + out + self.b_ffn_out[...].astype(jnp.float32)
 
     def decode_step(
         self,
@@ -185,16 +231,21 @@ class GPTJ(nnx.Module):
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         is_valid = positions < lengths[:, None]
-        rotary = for_heads(rotary_tables(positions[:1], self.config))
+        rotary = rotary_tables(positions[:1], self.config)
+        cos, sin = (jnp.tile(table[0], (tokens.shape[0], 1)) for table in rotary)  # of each token
         x = self.embed(tokens)
         new_pages = []
         for layer, block in enumerate(self.blocks):
 
             def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
-                q, k = apply_rotary(q, k, rotary)
+                q, k = apply_rotary(q, k, for_heads(rotary))
                 return causal_attention(q, k, v), _append(cache, layer, k, v, positions, is_valid)
 
-            x, layer_pages = block(x, attend)
+            layer_pages: tuple[Array, ...]
+            if self.ops.prefill_attention == "reference":
+                x, layer_pages = block(x, attend)
+            else:
+                x, layer_pages = block.prefill(x, (cos, sin), layer, cache, lengths)
             new_pages.append(layer_pages)
         # Of a row's positions only one meets lm_head.
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -1,20 +1,22 @@
 """Which implementation runs each op: resolved once, by name, and what each name changes."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+import tolerances
 from small_model import KERNEL_CONFIG, greedy, prompt
 
-from custom_ops import MAX_ROWS, make_semaphores
+from custom_ops import MAX_ROWS, make_semaphores, pages
 from kogpt_jax import KoGPT, decoding, kv_cache, ops
-from kogpt_jax.config import Dtype, OpsConfig
+from kogpt_jax.config import Dtype, Implementation, OpsConfig
 from kogpt_jax.decoding import DecodeState
 from kogpt_jax.errors import InputError
-from kogpt_jax.model import decode_linear, model_def
+from kogpt_jax.model import decode_linear, model_def, random_leaves
 from kogpt_jax.ops import describe, resolve_ops
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import make_mesh
@@ -29,6 +31,7 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with both libraries and what fits the model: only the choice counts."""
     monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
     monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: None)
+    monkeypatch.setattr(ops, "prefill_attention_ffi_problem", lambda **_: None)
 
 
 @pytest.mark.usefixtures("all_there")
@@ -45,7 +48,9 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_is_the_faster_one(config, platform, expected):
     assert resolve_ops(config, "auto", platform=platform) == expected
     assert resolve_ops(config, "reference", platform=platform) == REFERENCE
-    assert resolve_ops(config, "ffi", platform=platform) == KERNELS
+    prefill_attention: Implementation = "ffi" if platform == "gpu" else "reference"  # it has no kernel for CPUs
+    all_kernels = dataclasses.replace(KERNELS, prefill_attention=prefill_attention)
+    assert resolve_ops(config, "ffi", platform=platform) == all_kernels
 
 
 def test_auto_goes_op_by_op(monkeypatch):
@@ -54,7 +59,8 @@ def test_auto_goes_op_by_op(monkeypatch):
     found = resolve_ops(QUANTIZED, "auto", platform="gpu")
     assert found == dataclasses.replace(KERNELS, decode_attention="reference")
     assert describe(found) == (
-        "linear ffi (more than 64 rows ffi), decode_attention reference, prefill and scoring reference"
+        "linear ffi (more than 64 rows ffi), decode_attention reference, prefill_attention reference, "
+        "other work of prefill and scoring reference"
     )
     with pytest.raises(InputError) as caught:
         resolve_ops(QUANTIZED, "ffi", platform="gpu")
@@ -92,8 +98,8 @@ def lowered(batch: int, chosen: OpsConfig) -> str:
     return decoding.decode_loop.lower(leaves, state, **static).as_text()
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(OpsConfig)])
-def test_every_field_matters(field):
+@pytest.mark.parametrize("field", ["linear", "linear_many_rows", "decode_attention"])
+def test_every_field_of_a_step_matters(field):
     chosen = dataclasses.replace(REFERENCE, **{field: "ffi"})  # type: ignore[arg-type]
     batch = MAX_ROWS + 1 if field == "linear_many_rows" else 2
     text = lowered(batch, chosen)
@@ -106,6 +112,48 @@ def test_every_field_matters(field):
     }
     assert (num_linear, num_attention) == expected[field]
     assert "custom_call @kogpt" not in lowered(batch, REFERENCE)
+
+
+def test_prefill_through_its_op_is_the_same(monkeypatch):
+    """With the op's reference in place of its kernel, which may make NaN of what stands behind a prompt."""
+    op = sys.modules["custom_ops.prefill_attention"]
+    calls = []
+
+    def run(qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, **options):
+        calls.append(options)
+        act, *pages = op.prefill_attention_reference(
+            qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, **options
+        )
+        index = jnp.arange(act.shape[0]) - begins[:, None]
+        is_token = jnp.any((index >= 0) & (index < num_new[:, None]), axis=0)
+        return jnp.where(is_token[:, None], act, jnp.nan), *pages
+
+    monkeypatch.setattr(op, "prefill_attention_ffi", run)
+    config, mesh = KERNEL_CONFIG, make_mesh()
+    leaves = random_leaves(config, mesh)
+    lengths = np.array([70, 1, 128, 33], np.int32)
+    batch = lengths.size
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 128)).astype(np.int32)
+    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * batch), jnp.ones(batch, jnp.int32)
+
+    def prefill(chosen: OpsConfig):
+        cache = kv_cache.make_kv_cache(config, mesh, batch, 192)
+        static = {"definition": model_def(config, 1, chosen), "mesh": mesh}
+        return decoding.prefill(leaves, cache, tokens, lengths, ones, jnp.zeros(batch, bool), rows, **static)
+
+    expected_state, expected = prefill(REFERENCE)
+    assert not calls
+    state, emitted = prefill(dataclasses.replace(REFERENCE, prefill_attention="ffi"))
+    assert calls == [{"max_new": 128}] * config.num_layers
+    np.testing.assert_array_equal(emitted.tokens, expected.tokens)
+    tolerances.assert_close(emitted.logprobs, expected.logprobs, tolerances.CACHED_VS_WHOLE["fp32"], "logprobs")
+    np.testing.assert_array_equal(state.cache.lengths, expected_state.cache.lengths)
+    is_valid = pages.valid_tokens(jnp.asarray(lengths), 3, kv_cache.PAGE_LEN)
+    for got, wanted in zip(state.cache.k + state.cache.v, expected_state.cache.k + expected_state.cache.v, strict=True):
+        got_tokens, wanted_tokens = (
+            np.asarray(pages.gather(pool, state.cache.page_table)).swapaxes(2, 3)[is_valid] for pool in (got, wanted)
+        )
+        tolerances.assert_close(got_tokens, wanted_tokens, tolerances.CACHED_VS_WHOLE["fp32"], "cache")
 
 
 @pytest.mark.host
