@@ -15,10 +15,15 @@ import threading
 import jax
 import jaxlib
 
-# FFI target and C symbol of its handler; the same in both libraries.
+# FFI target and C symbol of its handler: those of both libraries, and those that the CUDA library has besides.
 _TARGETS = {
     "kogpt_linear": "Linear",
     "kogpt_decode_attention": "DecodeAttention",
+}
+_CUDA_TARGETS = {
+    "kogpt_int8_gemm": "Int8Gemm",
+    "kogpt_mixed_gemm": "MixedGemm",
+    "kogpt_quantize_rows": "QuantizeRows",
 }
 # For each of JAX's platforms that has a library: its name, and the platform of XLA that its targets are registered for.
 _LIBRARIES = {"cpu": ("host", "cpu"), "gpu": ("cuda", "CUDA")}
@@ -74,7 +79,8 @@ def _load(platform: str) -> LibraryInfo:
         info = _read_info(name, path, library)
         if info.problem is None:
             # All before the first is registered: what lacks one is not of this version of the package.
-            handlers = {target: getattr(library, symbol) for target, symbol in _TARGETS.items()}
+            targets = _TARGETS | (_CUDA_TARGETS if name == "cuda" else {})
+            handlers = {target: getattr(library, symbol) for target, symbol in targets.items()}
             for target, handler in handlers.items():
                 capsule = jax.ffi.pycapsule(handler)
                 jax.ffi.register_ffi_target(target, capsule, platform=xla_platform, api_version=1)

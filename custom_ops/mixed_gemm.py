@@ -69,9 +69,7 @@ def mixed_gemm(
     return mixed_gemm_ffi(x, weight, tile=tile, **options)
 
 
-def mixed_gemm_reference(
-    x: Float[Array, "T K"], weight: QuantizedArray, **options: Any
-) -> tuple[Array, Array | None]:
+def mixed_gemm_reference(x: Float[Array, "T K"], weight: QuantizedArray, **options: Any) -> tuple[Array, Array | None]:
     """`mixed_gemm` in `jax.numpy`."""
     # Integers up to 127 are exact in 16 bits.
     sums = numerics.product(x, weight.qvalue.astype(x.dtype), jnp.float32)

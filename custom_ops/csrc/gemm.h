@@ -33,7 +33,7 @@ struct GemmParams {
   const float* x_scale;       // [rows], of an INT8 x
   const void* weight;         // [num_outputs, k_dim] INT8
   const float* weight_scale;  // [num_outputs]
-  const void* bias;       // [num_outputs] dtype; with GELU: [num_outputs - gelu_from], of its outputs
+  const void* bias;  // [num_outputs] dtype; with GELU: [num_outputs - gelu_from], of its outputs
   const float* residual;  // [rows, gelu_from]
 
   void* y;  // [rows, gelu_from] y_dtype; null when gelu_from is 0

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(AmpereTile<X>::kThreads) AmpereGemmKernel(Ampe
       {first_row, 0});
   typename Mma::IteratorB weight_iterator(
       typename Mma::IteratorB::Params(cutlass::layout::ColumnMajor(args.k_dim)),
-      static_cast<int8_t*>(const_cast<void*>(args.weight)),
-      {args.k_dim, args.epilogue.num_outputs}, thread, {0, first_output});
+      static_cast<int8_t*>(const_cast<void*>(args.weight)), {args.k_dim, args.epilogue.num_outputs},
+      thread, {0, first_output});
   Mma mma(*reinterpret_cast<typename Mma::SharedStorage*>(shared), thread, warp, lane);
   typename Mma::FragmentC sums;
   sums.clear();
@@ -96,8 +96,7 @@ template <class X, bool kIsAligned>
 const char* LaunchAmpere(const AmpereArgs& args, cudaStream_t stream) {
   using Tile = AmpereTile<X>;
   constexpr int kSharedBytes = sizeof(typename Tile::Mma::SharedStorage);
-  const auto& traits =
-      TraitsOf<AmpereGemmKernel<X, kIsAligned>>([](bool) { return kSharedBytes; });
+  const auto& traits = TraitsOf<AmpereGemmKernel<X, kIsAligned>>([](bool) { return kSharedBytes; });
   if (traits.error != cudaSuccess) return MessageOf(traits.error);
   const int64_t row_tiles = (args.epilogue.rows + Tile::Block::kM - 1) / Tile::Block::kM;
   const int64_t output_tiles = (args.epilogue.num_outputs + Tile::Block::kN - 1) / Tile::Block::kN;

@@ -11,9 +11,7 @@ constexpr int64_t kMaxExtent = int64_t{1} << 24;
 // Above it a sum of INT8 products might not fit into 32 bits.
 constexpr int64_t kMaxInt8K = (int64_t{1} << 31) / (127 * 127);
 
-bool Is16Bit(DataType dtype) {
-  return dtype == DataType::kFloat16 || dtype == DataType::kBfloat16;
-}
+bool Is16Bit(DataType dtype) { return dtype == DataType::kFloat16 || dtype == DataType::kBfloat16; }
 
 bool IsFloat(DataType dtype) { return Is16Bit(dtype) || dtype == DataType::kFloat32; }
 

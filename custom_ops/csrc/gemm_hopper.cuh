@@ -7,14 +7,14 @@
 
 #include <cutlass/arch/arch.h>
 #include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
+#include <cstdint>
 #include <cutlass/epilogue/dispatch_policy.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/dispatch_policy.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
-
-#include <cstdint>
 #include <type_traits>
 
 #include "gemm.h"
@@ -164,8 +164,8 @@ class HopperEpilogue {
                             BlockCoord coord, const cute::Tensor<Engine, Layout>& sums,
                             TiledMma tiled_mma, int thread, TensorStorage& shared, int = -1) const {
     using namespace cute;
-    const auto coords =
-        tiled_mma.get_thread_slice(thread).partition_C(make_identity_tensor(take<0, 2>(block_shape)));
+    const auto coords = tiled_mma.get_thread_slice(thread).partition_C(
+        make_identity_tensor(take<0, 2>(block_shape)));
     const int tile_m = get<0>(coord) * kTileM;
     const int tile_n = get<1>(coord) * kTileN;
     pipeline.consumer_wait(state);
@@ -207,9 +207,8 @@ class HopperEpilogue {
   // Rows row and row + 8 of the warp's 16, from first_row on, by outputs from first_output on; both
   // are counted from the tile's.
   template <int kGroups, class PairAt>
-  CUTLASS_DEVICE void FinishStraight(int tile_row, int first_row, int tile_output,
-                                     int first_output, const PairAt& pair, int stage,
-                                     TensorStorage& shared) const {
+  CUTLASS_DEVICE void FinishStraight(int tile_row, int first_row, int tile_output, int first_output,
+                                     const PairAt& pair, int stage, TensorStorage& shared) const {
     const int from = tile_output + first_output;
     if (from + 8 * kGroups > epilogue_.gelu_from) {
       FinishAs<Target::kAct, kGroups>(tile_row, first_row, tile_output, first_output, pair, stage,
@@ -242,8 +241,8 @@ class HopperEpilogue {
     if constexpr (kTarget == Target::kY32) {
       const bool is_there[2] = {row + lane / 4 < epilogue_.rows,
                                 row + lane / 4 + 8 < epilogue_.rows};
-      const int64_t start = static_cast<int64_t>(row + lane / 4) * epilogue_.gelu_from + output +
-                            lane % 4 * 2;
+      const int64_t start =
+          static_cast<int64_t>(row + lane / 4) * epilogue_.gelu_from + output + lane % 4 * 2;
       const int64_t step = 8 * static_cast<int64_t>(epilogue_.gelu_from);
       float* const to = static_cast<float*>(epilogue_.y) + start;
       // The residual of a batch is under way while the one before is worked on.
@@ -417,8 +416,7 @@ class HopperEpilogue {
         if (from + kBatch < kGroups) load(residual[(from / kBatch + 1) % 2], from + kBatch);
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kBatch; ++i) {
-          float2 z = Transpose(
-              GemmEpilogue::Scaled(pair(half, from + i), 1.0f, scales, biases));
+          float2 z = Transpose(GemmEpilogue::Scaled(pair(half, from + i), 1.0f, scales, biases));
           z.x += now[i].x;
           z.y += now[i].y;
           if (8 * (from + i) < rows_left) *reinterpret_cast<float2*>(to + (from + i) * step) = z;

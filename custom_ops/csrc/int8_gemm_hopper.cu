@@ -6,8 +6,7 @@
 namespace kogpt {
 
 const char* LaunchInt8GemmHopper(const GemmParams& params, void* stream) {
-  const int64_t index =
-      params.tile >= 0 ? params.tile : ChooseInt8Tile(params.rows, params.k_dim);
+  const int64_t index = params.tile >= 0 ? params.tile : ChooseInt8Tile(params.rows, params.k_dim);
   const GemmTile& tile = kInt8Tiles[index];
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const int num_multiprocessors = CurrentDevice().num_multiprocessors;

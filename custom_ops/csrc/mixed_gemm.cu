@@ -10,9 +10,8 @@ const char* LaunchMixedGemm(const GemmParams& params, void* stream) {
   if (const char* message = CheckGemm(params)) return message;
   if (OnHopper(params)) return LaunchMixedGemmHopper(params, stream);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return params.dtype == DataType::kFloat16
-             ? AmpereGemm<cutlass::half_t>(params, cuda_stream)
-             : AmpereGemm<cutlass::bfloat16_t>(params, cuda_stream);
+  return params.dtype == DataType::kFloat16 ? AmpereGemm<cutlass::half_t>(params, cuda_stream)
+                                            : AmpereGemm<cutlass::bfloat16_t>(params, cuda_stream);
 }
 
 }  // namespace kogpt

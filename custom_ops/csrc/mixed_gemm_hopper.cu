@@ -25,8 +25,7 @@ const char* LaunchFor(const GemmParams& params, const GemmTile& tile, cudaStream
 }  // namespace
 
 const char* LaunchMixedGemmHopper(const GemmParams& params, void* stream) {
-  const int64_t index =
-      params.tile >= 0 ? params.tile : ChooseMixedTile(params.rows, params.k_dim);
+  const int64_t index = params.tile >= 0 ? params.tile : ChooseMixedTile(params.rows, params.k_dim);
   const GemmTile& tile = kMixedTiles[index];
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   return params.dtype == DataType::kFloat16

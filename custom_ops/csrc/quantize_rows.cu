@@ -184,13 +184,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2) QuantizeRowsKernel(KernelArgs 
   float factor = 1.0f;
   if (args.ln_scale != nullptr) {
     float sum = 0.0f;
-    for_each([&](int, const float(&values)[kVector], const Bits&) {
+    for_each([&](int, const float (&values)[kVector], const Bits&) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum += values[i];
     });
     mean = Reduce(sum, Sum(), shared) / static_cast<float>(args.k_dim);
     float squares = 0.0f;
-    for_each([&](int, const float(&values)[kVector], const Bits&) {
+    for_each([&](int, const float (&values)[kVector], const Bits&) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float centred = values[i] - mean;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) QuantizeRowsKernel(KernelArgs 
     const float variance = Reduce(squares, Sum(), shared) / static_cast<float>(args.k_dim);
     factor = 1.0f / sqrtf(variance + args.epsilon);
   }
-  const auto prepare = [&](int at, float(&values)[kVector]) {
+  const auto prepare = [&](int at, float (&values)[kVector]) {
     if (args.ln_scale != nullptr) {
       float scale[kVector];
       float bias[kVector];
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) QuantizeRowsKernel(KernelArgs 
   const bool is_prepared = args.ln_scale != nullptr || args.k_multiplier != nullptr;
 
   float largest = 0.0f;
-  for_each([&](int at, float(&values)[kVector], Bits& bits) {
+  for_each([&](int at, float (&values)[kVector], Bits& bits) {
     if (is_prepared) prepare(at, values);
     if constexpr (kIsHeld && kIsFloat) {
       bits.low = make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]),
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) QuantizeRowsKernel(KernelArgs 
   const float scale = largest == 0.0f ? 1.0f : __fdiv_rn(largest, 127.0f);
   if (threadIdx.x == 0) args.scale[blockIdx.x] = scale;
   const Rounding rounding(scale);
-  for_each([&](int at, float(&values)[kVector], const Bits&) {
+  for_each([&](int at, float (&values)[kVector], const Bits&) {
     if (!(kIsHeld && kIsFloat) && is_prepared) prepare(at, values);
     *reinterpret_cast<uint2*>(args.qvalue + row + at) =
         make_uint2(rounding.Round4(values), rounding.Round4(values + 4));

@@ -30,9 +30,8 @@ inline constexpr GemmTile kInt8Tiles[] = {
 inline constexpr int kNumInt8Tiles = sizeof(kInt8Tiles) / sizeof(GemmTile);
 
 inline constexpr GemmTile kMixedTiles[] = {
-    {TileShape::k64x256Pingpong, 1}, {TileShape::k64x256Pingpong, 8},
-    {TileShape::k128x256, 1},        {TileShape::k128x256, 2},
-    {TileShape::k128x256, 8},
+    {TileShape::k64x256Pingpong, 1}, {TileShape::k64x256Pingpong, 8}, {TileShape::k128x256, 1},
+    {TileShape::k128x256, 2},        {TileShape::k128x256, 8},
 };
 inline constexpr int kNumMixedTiles = sizeof(kMixedTiles) / sizeof(GemmTile);
 
