@@ -172,6 +172,7 @@ def main() -> None:
                 if time.perf_counter() - started > arguments.limit_s:
                     row["not_run"] = f"--limit-s {arguments.limit_s:g} was over"
                     rows.append(row)
+                    write_result(arguments.json, result)
                     continue
                 try:
                     row |= measure(kind, product, num_rows, config, arguments.turns, arguments.repeats)

@@ -32,7 +32,14 @@ def implementation():
 
 
 def quantize(arguments):
-    return jax.jit(lambda a: custom_ops.quantize_rows(**a, implementation=implementation()))(arguments)
+    def run(x, norm, multiplier):
+        layer_norm = None if norm is None else (*norm, EPSILON)
+        return custom_ops.quantize_rows(
+            x, layer_norm=layer_norm, k_multiplier=multiplier, implementation=implementation()
+        )
+
+    norm = arguments["layer_norm"][:2] if "layer_norm" in arguments else None
+    return jax.jit(run)(arguments["x"], norm, arguments.get("k_multiplier"))
 
 
 def prepared(arguments):

@@ -10,7 +10,7 @@ namespace kogpt {
 const char* LaunchInt8GemmHopper(const GemmParams& params, void* stream);
 const char* LaunchMixedGemmHopper(const GemmParams& params, void* stream);
 
-// Whether the current device has multiprocessors that the Hopper kernels are compiled for, how many.
+// Whether the Hopper kernels are compiled for the current device, and its multiprocessors.
 struct HopperDevice {
   bool is_hopper = false;
   int num_multiprocessors = 0;

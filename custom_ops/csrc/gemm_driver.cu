@@ -86,7 +86,6 @@ class Array {
   ~Array() { cudaFree(data_); }
 
   void* data() const { return data_; }
-  int64_t count() const { return count_; }
   // NaN as floating-point numbers.
   void Poison() { Require(cudaMemset(data_, 0xff, count_ * SizeOf(type_)), "cudaMemset"); }
   std::vector<char> Bytes() const {
@@ -146,11 +145,10 @@ struct Problem {
         x(s.x_type, s.rows * s.k, 1, 0.1f, 4.0f),
         x_scale(DataType::kFloat32, s.rows, 2, 0.02f, 0.01f),
         weight(weight_type, s.outputs * s.k, 3, 0.0f, 4 / std::sqrt(static_cast<float>(s.k))),
-        weight_scale(DataType::kFloat32, s.outputs, 4,
-                     weight_type == DataType::kInt8 ? 0.02f / std::sqrt(static_cast<float>(s.k))
-                                                    : 1.0f,
-                     weight_type == DataType::kInt8 ? 0.01f / std::sqrt(static_cast<float>(s.k))
-                                                    : 0.0f),
+        weight_scale(
+            DataType::kFloat32, s.outputs, 4,
+            weight_type == DataType::kInt8 ? 0.02f / std::sqrt(static_cast<float>(s.k)) : 1.0f,
+            weight_type == DataType::kInt8 ? 0.01f / std::sqrt(static_cast<float>(s.k)) : 0.0f),
         bias(s.type, s.outputs, 5, 0.0f, 1.0f),
         residual(DataType::kFloat32, s.rows * s.gelu_from, 6, 0.0f, 2.0f),
         y(s.is_y_float ? DataType::kFloat32 : s.type, s.rows * s.gelu_from),
@@ -257,11 +255,13 @@ bool CheckProducts() {
         }
         const bool is_fine = is_same && error <= 0.004;
         if (!is_fine || tile == -1) {
-          std::printf("%s %s x %lld x %lld x %lld tile %d: error %.2g%s\n", is_fine ? "ok  " : "FAIL",
-                      x_type == DataType::kInt8 ? "int8" : x_type == kFp16 ? "fp16" : "bf16",
+          std::printf("%s %s x %lld x %lld x %lld tile %d: error %.2g%s\n",
+                      is_fine ? "ok  " : "FAIL",
+                      x_type == DataType::kInt8 ? "int8"
+                      : x_type == kFp16         ? "fp16"
+                                                : "bf16",
                       static_cast<long long>(shape.rows), static_cast<long long>(shape.outputs),
-                      static_cast<long long>(shape.k), tile, error,
-                      is_same ? "" : ", other bits");
+                      static_cast<long long>(shape.k), tile, error, is_same ? "" : ", other bits");
         }
         is_good = is_good && is_fine;
       }
@@ -414,7 +414,8 @@ void BenchProducts(int64_t rows, Report& report) {
       params.y = whole.data();
       for (int i = 0; i < kNumUnfusedShapes; ++i) {
         for (const int swizzle : {1, 2, 4, 8}) {
-          const double us = MedianUs([&] { return LaunchUnfusedInt8(params, i, swizzle, nullptr); });
+          const double us =
+              MedianUs([&] { return LaunchUnfusedInt8(params, i, swizzle, nullptr); });
           report.Add("int8 unfused",
                      std::string(UnfusedShapeName(i)) + " swizzle " + std::to_string(swizzle),
                      shape, us);

@@ -27,7 +27,7 @@ namespace kogpt {
 // widened in registers has to be the first operand (`kIsWeightFirst`): then they are neighbouring
 // rows of an output, and pass through a transposition.
 //
-// A warp of the kernel that CUTLASS keeps for the epilogue's loads runs ahead of the sums: it brings
+// The warp that CUTLASS's kernels keep for the epilogue's loads runs ahead of the sums: it brings
 // what belongs to a tile's columns and rows into shared memory, and its residual into L2.
 template <bool kIsWeightFirst, int kTileM, int kTileN>
 class HopperEpilogue {
@@ -169,8 +169,8 @@ class HopperEpilogue {
     const int tile_m = get<0>(coord) * kTileM;
     const int tile_n = get<1>(coord) * kTileN;
     pipeline.consumer_wait(state);
-    // A thread's sums: ((pair, two of them eight apart along M, eight apart along N), tiles of M, of
-    // N).
+    // A thread's sums: ((pair, two of them eight apart along M, eight apart along N), tiles of M,
+    // of N).
     static_assert(size<0, 0>(Layout{}) == 2 && size<0, 1>(Layout{}) == 2);
     constexpr int kGroups = size<0, 2>(Layout{});
     CUTLASS_PRAGMA_UNROLL
@@ -210,7 +210,7 @@ class HopperEpilogue {
   CUTLASS_DEVICE void FinishStraight(int tile_row, int first_row, int tile_output, int first_output,
                                      const PairAt& pair, int stage, TensorStorage& shared) const {
     const int from = tile_output + first_output;
-    if (from + 8 * kGroups > epilogue_.gelu_from) {
+    if (epilogue_.gelu_from < epilogue_.num_outputs && from + 8 * kGroups > epilogue_.gelu_from) {
       FinishAs<Target::kAct, kGroups>(tile_row, first_row, tile_output, first_output, pair, stage,
                                       shared);
     }
@@ -357,8 +357,8 @@ class HopperEpilogue {
                        __uint_as_float(__byte_perm(low, high, 0x7632)));
   }
 
-  // Two outputs, m and m + 8, of neighbouring rows in every group of eight, from `row` on. Groups of
-  // eight outputs have one type of result (OnHopper).
+  // Two outputs, m and m + 8, of neighbouring rows in every group of eight, from `row` on. Groups
+  // of eight outputs have one type of result (OnHopper).
   template <int kGroups, class PairAt>
   CUTLASS_DEVICE void FinishTransposed(int m, int row, const PairAt& pair) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -428,8 +428,8 @@ class HopperEpilogue {
   GemmEpilogue epilogue_;
 };
 
-// A kernel for activations and weights of these types of CUTLASS. Tile: extents of a block's part of
-// the product (the first operand's, the second's, K), of a cluster of blocks, and the schedule.
+// A kernel for activations and weights of these types of CUTLASS. Tile: extents of a block's part
+// of the product (the first operand's, the second's, K), of a cluster of blocks, the schedule.
 template <class X, class Weight, class Tile>
 class HopperGemm {
   static constexpr bool kIsWeightFirst = sizeof(Weight) < sizeof(X);

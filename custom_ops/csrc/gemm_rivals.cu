@@ -1,10 +1,9 @@
-#include "gemm_rivals.h"
-
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <type_traits>
 
 #include "gemm_dispatch.h"
 #include "gemm_hopper.cuh"
+#include "gemm_rivals.h"
 
 namespace kogpt {
 namespace {
@@ -14,18 +13,17 @@ class UnfusedGemm {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
       typename Tile::Cluster, cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void,
-      cutlass::layout::RowMajor, 16 / sizeof(Out), Out, cutlass::layout::RowMajor,
-      16 / sizeof(Out),
-      std::conditional_t<std::is_same_v<typename Tile::Schedule,
-                                        cutlass::gemm::KernelTmaWarpSpecializedPingpong>,
-                         cutlass::epilogue::TmaWarpSpecialized,
-                         cutlass::epilogue::TmaWarpSpecializedCooperative>>::CollectiveOp;
+      cutlass::layout::RowMajor, 16 / sizeof(Out), Out, cutlass::layout::RowMajor, 16 / sizeof(Out),
+      std::conditional_t<
+          std::is_same_v<typename Tile::Schedule, cutlass::gemm::KernelTmaWarpSpecializedPingpong>,
+          cutlass::epilogue::TmaWarpSpecialized,
+          cutlass::epilogue::TmaWarpSpecializedCooperative>>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, cutlass::layout::RowMajor, 16,
       int8_t, cutlass::layout::ColumnMajor, 16, int32_t, typename Tile::Shape,
       typename Tile::Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<
-          static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename Epilogue::SharedStorage))>,
       typename Tile::Schedule>::CollectiveOp;
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
@@ -74,9 +72,9 @@ const char* LaunchUnfused(const GemmParams& params, int shape, int swizzle, cuda
 }  // namespace
 
 const char* UnfusedShapeName(int shape) {
-  constexpr const char* kNames[kNumUnfusedShapes] = {
-      "64x256 pingpong", "64x256 pingpong cluster 2", "128x256 cluster 2",
-      "128x128 pingpong cluster 2"};
+  constexpr const char* kNames[kNumUnfusedShapes] = {"64x256 pingpong", "64x256 pingpong cluster 2",
+                                                     "128x256 cluster 2",
+                                                     "128x128 pingpong cluster 2"};
   return kNames[shape];
 }
 

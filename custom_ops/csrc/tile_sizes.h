@@ -40,12 +40,12 @@ inline constexpr int kNumMixedTiles = sizeof(kMixedTiles) / sizeof(GemmTile);
 inline constexpr int ChooseInt8Tile(int64_t rows, int64_t k_dim) {
   if (rows <= 1024) return 4;
   if (rows <= 4096) return k_dim > 8192 ? 3 : 5;
-  return k_dim > 8192 ? 1 : 2;
+  return 2;
 }
 
 inline constexpr int ChooseMixedTile(int64_t rows, int64_t k_dim) {
   if (rows <= 1024) return 0;
-  return k_dim > 8192 ? 4 : 2;
+  return rows > 4096 && k_dim > 8192 ? 4 : 2;
 }
 
 }  // namespace kogpt
