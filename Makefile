@@ -64,13 +64,17 @@ test-gpu: ## run the tests that need one NVIDIA GPU
 
 check-kernels: ## run the CUDA kernels without JAX over the tests' shapes, alone and under compute-sanitizer
 	@$(ENVIRONMENT) $(VENV) runtime
+	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.0.0
 	cmake -S custom_ops/csrc -B build/driver -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DKOGPT_HOST=OFF -DKOGPT_CUDA=ON -DKOGPT_DRIVER=ON
-	cmake --build build/driver --target ops_driver prefill_attention_driver
+	cmake --build build/driver --target ops_driver prefill_attention_driver gemm_driver
 	build/driver/ops_driver check tests/op_shapes.txt
 	build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt
+	build/driver/gemm_driver check
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/gemm_driver check
+	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/gemm_driver check
 
 test-multigpu: ## run the tests that need several NVIDIA GPUs
 	@$(ENVIRONMENT) $(VENV) test cuda

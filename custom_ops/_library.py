@@ -15,12 +15,17 @@ import threading
 import jax
 import jaxlib
 
-# FFI target and C symbol of its handler: what both libraries have, and what the CUDA library has beside it.
+# FFI target and C symbol of its handler: those of both libraries, and those that the CUDA library has besides.
 _TARGETS = {
     "kogpt_linear": "Linear",
     "kogpt_decode_attention": "DecodeAttention",
 }
-_CUDA_TARGETS = {"kogpt_prefill_attention": "PrefillAttention"}
+_CUDA_TARGETS = {
+    "kogpt_int8_gemm": "Int8Gemm",
+    "kogpt_mixed_gemm": "MixedGemm",
+    "kogpt_prefill_attention": "PrefillAttention",
+    "kogpt_quantize_rows": "QuantizeRows",
+}
 # For each of JAX's platforms that has a library: its name, and the platform of XLA that its targets are registered for.
 _LIBRARIES = {"cpu": ("host", "cpu"), "gpu": ("cuda", "CUDA")}
 

@@ -5,7 +5,7 @@
 #   FOLDER is the virtual environment whose pip builds it; LIBRARY is `host`, `cuda`, or `gpu`: cuda on a machine with an NVIDIA
 #   GPU and a compiler for it, else nothing.
 # environment:
-#   KOGPT_HOST, KOGPT_CUDA, KOGPT_CUDA_ARCHITECTURES, KOGPT_WERROR   as custom_ops/csrc/CMakeLists.txt has them; by default `host`
+#   KOGPT_HOST, KOGPT_CUDA, KOGPT_CUDA_ARCHITECTURES, KOGPT_CUTLASS_INCLUDE_DIR, KOGPT_WERROR   as custom_ops/csrc/CMakeLists.txt has them; by default `host`
 #                   is left out without a C++ compiler, and `cuda` is built with the system's nvcc, or PyPI's if there is none
 #   CUDA            for `gpu`: none leaves it out
 set -eu
@@ -51,7 +51,7 @@ case $library in
 esac
 
 stamp=build/ops-$library
-key="$host $cuda ${KOGPT_CUDA_ARCHITECTURES:-} ${KOGPT_WERROR:-} $({
+key="$host $cuda ${KOGPT_CUDA_ARCHITECTURES:-} ${KOGPT_CUTLASS_INCLUDE_DIR:-} ${KOGPT_WERROR:-} $({
     cat pyproject.toml custom_ops/csrc/*
     "${CXX:-c++}" --version 2>&1 || true
 } | cksum)"
