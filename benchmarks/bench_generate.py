@@ -97,7 +97,7 @@ def step_bytes(config: ModelConfig, batch: int, context: float) -> float:
     layer = 4 * config.model_dim**2 + 2 * config.model_dim * config.ffn_dim
     weights = config.num_layers * layer + config.vocab_size * config.model_dim
     weight_bytes = weights * config.jax_dtype.itemsize
-    if config.quant == "w8a16":  # a byte each, and a scale an output of each product
+    if config.quant != "none":  # a byte each, and a scale an output of each product
         outputs = config.num_layers * (4 * config.model_dim + config.ffn_dim) + config.vocab_size
         weight_bytes = weights + 4 * outputs
     return weight_bytes + batch * context * 2 * config.num_layers * config.model_dim * config.jax_dtype.itemsize

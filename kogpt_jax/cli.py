@@ -43,14 +43,18 @@ _SHOWN_CHARS = 40  # of a text in a table
 # -- Options that several commands share ------------------------------------------------------------------------------
 
 _Dtype = Literal["fp32", "fp16", "bf16"]
-_QuantMode = Literal["none", "w8a16"]
+_QuantMode = Literal["none", "w8a16", "w8a8"]
 _Choice = Literal["auto", "ffi", "reference"]
 _Model = Annotated[
     str, typer.Option("--model", "-m", metavar="DIR", help="Hugging Face directory, or 'demo' for the shipped model.")
 ]
 _DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype to run in; as the weights are stored if not given.")]
 _Quant = Annotated[
-    _QuantMode, typer.Option(help="Quantisation of the weights: w8a16 holds their matrices in INT8, at half the size.")
+    _QuantMode,
+    typer.Option(
+        help="Quantisation: w8a16 holds the weight matrices in INT8, at half the size; w8a8 also reads prompts and "
+        "scores texts with INT8 activations."
+    ),
 ]
 _KeepQuantized = Annotated[
     bool,

@@ -13,7 +13,7 @@ from kogpt_jax.json_files import read_json_object
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
-Quant = Literal["none", "w8a16"]
+Quant = Literal["none", "w8a16", "w8a8"]
 QUANTS: tuple[str, ...] = get_args(Quant)
 Implementation = Literal["reference", "ffi"]
 
@@ -49,6 +49,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()  # a row ends when one of these is sampled
     dtype: Dtype = "bf16"
     # w8a16: matrices of the layers and lm_head in INT8 with an f32 scale an output; all else and activations in dtype.
+    # w8a8: the same weights; where whole sequences go through a layer, its products' activations are rounded to INT8
+    # too, with a scale a token. Decode steps and lm_head are as in w8a16.
     quant: Quant = "none"
 
     def __post_init__(self) -> None:
@@ -170,14 +172,14 @@ class ModelConfig:
 class OpsConfig:
     """What runs each op: ``"ffi"``, the project's own kernel, or ``"reference"``, XLA.
 
-    `ops.resolve_ops` makes one when an engine is built; nothing falls back afterwards. Products of prefill and scoring
-    are XLA's.
+    `ops.resolve_ops` makes one when an engine is built; nothing falls back afterwards.
     """
 
     linear: Implementation = "reference"  # products of 1 to 64 rows
     linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
     decode_attention: Implementation = "reference"
     prefill_attention: Implementation = "reference"
+    gemm: Implementation = "reference"  # layers' products of whole sequences with INT8 weights; the others are XLA's
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:

@@ -159,7 +159,9 @@ class KoGPT:
             path: a directory with ``config.json``, weights and usually a tokenizer; ``"demo"`` is the shipped model
                 (write ``./demo`` for a directory of that name).
             dtype: "fp32", "fp16" or "bf16"; None keeps the dtype of the stored weights.
-            quant: "w8a16" holds the weight matrices in INT8 with a scale an output; "none" in ``dtype``.
+            quant: "w8a16" holds the weight matrices in INT8 with a scale an output, "none" in ``dtype``. "w8a8" has the
+                weights of "w8a16", and where prompts are read and texts scored it rounds the activations of the layers'
+                products to INT8 too, with a scale a token.
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
             kv_dtype: must be None, the cache has the model's dtype.
             mesh: "d1p1t1", others are not supported yet.

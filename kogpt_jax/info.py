@@ -61,7 +61,8 @@ def _ops_report(model: str | None) -> dict[str, Any]:
     """The compiled libraries, and what a decode step of the model (without one: of KoGPT-6B) runs on here."""
     model_config = KOGPT_6B if model is None else checkpoint.load_config(_directory(model))
     choices = {dtype: dataclasses.replace(model_config, dtype=dtype) for dtype in get_args(Dtype)}
-    choices["w8a16"] = dataclasses.replace(model_config, quant="w8a16")  # with the dtype of the stored weights
+    for quant in ("w8a16", "w8a8"):  # with the dtype of the stored weights
+        choices[quant] = dataclasses.replace(model_config, quant=quant)
     platform_name = jax.default_backend()
     return {
         "jaxlib_ffi_version": custom_ops.jaxlib_ffi_version(),

@@ -23,7 +23,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from custom_ops import MAX_ROWS, QuantizedArray, decode_attention, linear, numerics, pages, prefill_attention
+from custom_ops import (
+    MAX_ROWS,
+    QuantizedArray,
+    decode_attention,
+    int8_gemm,
+    linear,
+    mixed_gemm,
+    numerics,
+    pages,
+    prefill_attention,
+    quantize_rows,
+)
 from custom_ops.rotary import apply_rotary
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.kv_cache import KVCache
@@ -78,11 +89,13 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
         batch, q_len, _ = x.shape
-        qkv, ffn = self._project_in(x)
+        qkv, act = self._project_in(x)
         with jax.named_scope("attention"):
             heads = (batch, q_len, self.num_local_heads, self.config.head_dim)
             attn, kept = attend(*(part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1)))
-        act = jnp.concatenate([attn.reshape(batch, q_len, -1), ffn], axis=-1)
+            attn = attn.reshape(batch, q_len, -1)
+            # Not an update: XLA finds the concatenation that made `act` and leaves one of the two.
+            act = jnp.concatenate([attn, act[..., attn.shape[-1] :]], axis=-1)
         return self._project_out(x, act), kept
 
     def prefill(
@@ -104,10 +117,8 @@ class Block(nnx.Module):
             The residual stream, the layer's pages with the tokens.
         """
         batch, q_len, _ = x.shape
-        qkv, ffn = self._project_in(x)
+        qkv, act = self._project_in(x)
         with jax.named_scope("attention"):
-            local_dim = self.num_local_heads * self.config.head_dim
-            act = jnp.concatenate([jnp.zeros_like(qkv[..., :local_dim]), ffn], axis=-1)
             out, k_pages, v_pages, _ = prefill_attention(
                 qkv.reshape(batch * q_len, -1),
                 rotary,
@@ -123,20 +134,31 @@ class Block(nnx.Module):
             )
         return self._project_out(x, out.reshape(act.shape)), (k_pages, v_pages)
 
-    def _project_in(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T qkv"], Float[Array, "B T F"]]:
-        """Queries, keys and values one after another, and the FFN's hidden units behind GELU."""
+    def _project_in(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T qkv"], Float[Array, "B T K"]]:
+        """Queries, keys and values one after another, and ``w_out``'s input with the FFN's part of it there."""
         config = self.config
+        local_dim = self.num_local_heads * config.head_dim
         with jax.named_scope("w_in"):
-            h = layer_norm(x, self.ln_scale[...], self.ln_bias[...], config)
-            y = dense(h, _local_weight(self.w_in, self.w_in_scale), config.jax_dtype)
-            qkv, ffn = jnp.split(y, (3 * self.num_local_heads * config.head_dim,), axis=-1)
-            ffn = jax.nn.gelu(ffn.astype(jnp.float32) + self.b_ffn_in[0].astype(jnp.float32), approximate=True)
-            return qkv, ffn.astype(config.jax_dtype)
+            qkv, act = prefill_linear(
+                x,
+                _local_weight(self.w_in, self.w_in_scale),
+                config,
+                self.ops,
+                layer_norm=(self.ln_scale[...], self.ln_bias[...], config.layer_norm_epsilon),
+                bias=self.b_ffn_in[0],
+                gelu_from=3 * local_dim,
+                act_dim=local_dim + self.b_ffn_in.shape[1],
+            )
+        assert act is not None  # with gelu_from
+        return qkv, act
 
     def _project_out(self, x: Float[Array, "B T D"], act: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
         with jax.named_scope("w_out"):
-            out = jax.lax.psum(dense(act, _local_weight(self.w_out, self.w_out_scale), jnp.float32), "tensor")
-        return x + out + self.b_ffn_out[...].astype(jnp.float32)
+            w_out, bias = _local_weight(self.w_out, self.w_out_scale), self.b_ffn_out[...]
+            if self.num_shards == 1:
+                return prefill_linear(act, w_out, self.config, self.ops, bias=bias, residual=x)[0]
+            out, _ = prefill_linear(act, w_out, self.config, self.ops, out_dtype=jnp.float32)
+            return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
 
     def decode_step(
         self,
@@ -349,6 +371,77 @@ def decode_linear(
     if len(groups) == 1:
         return *groups[0], semaphores
     return *(jnp.concatenate(outputs) for outputs in zip(*groups, strict=True)), semaphores
+
+
+def prefill_linear(
+    x: Float[Array, "B T K"],
+    weight: Float[Array, "M K"] | QuantizedArray,
+    config: ModelConfig,
+    ops: OpsConfig,
+    *,
+    layer_norm: tuple[Array, Array, float] | None = None,
+    bias: Array | None = None,
+    residual: Float[Array, "B T M"] | None = None,
+    gelu_from: int | None = None,
+    act_dim: int | None = None,
+    out_dtype: np.dtype | type | None = None,
+) -> tuple[Array, Array | None]:
+    """A layer's product for whole sequences, with what `custom_ops.linear` has around it: (y, act).
+
+    ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [B, T, act_dim], the columns in front
+    of GELU's are attention's to fill.
+    """
+    batch, q_len, k_dim = x.shape
+    x = x.reshape(batch * q_len, k_dim)
+    if residual is not None:
+        residual = residual.reshape(batch * q_len, -1)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "residual": residual,
+        "gelu_from": gelu_from,
+        "act_dim": act_dim,
+        "out_dtype": out_dtype,
+    }
+    y: Array
+    act: Array | None
+    if config.quant == "w8a8":
+        assert isinstance(weight, QuantizedArray)
+        quantized = quantize_rows(x, layer_norm=layer_norm, implementation=ops.gemm)
+        y, act = int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
+    else:
+        if layer_norm is not None:
+            x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
+        if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
+            y, act = mixed_gemm(x, weight, implementation="ffi", **options)
+        else:
+            y, act = _dense_with(x, weight, config, **options)
+    return y.reshape(batch, q_len, -1), None if act is None else act.reshape(batch, q_len, -1)
+
+
+def _dense_with(
+    x: Float[Array, "T K"],
+    weight: Float[Array, "M K"] | QuantizedArray,
+    config: ModelConfig,
+    *,
+    bias: Array | None,
+    residual: Array | None,
+    gelu_from: int | None,
+    act_dim: int | None,
+    out_dtype: np.dtype | type | None,
+) -> tuple[Array, Array | None]:
+    """`dense`, and behind it what `prefill_linear` adds."""
+    if gelu_from is None:
+        y = dense(x, weight, jnp.float32 if residual is not None else out_dtype or config.jax_dtype)
+        if residual is not None:
+            y = residual + y
+        return y if bias is None else y + bias.astype(jnp.float32), None
+    y, ffn = jnp.split(dense(x, weight, config.jax_dtype), (gelu_from,), axis=-1)
+    ffn = ffn.astype(jnp.float32)
+    if bias is not None:
+        ffn = ffn + bias.astype(jnp.float32)
+    ffn = jax.nn.gelu(ffn, approximate=True).astype(config.jax_dtype)
+    num_columns = 0 if act_dim is None else act_dim - ffn.shape[1]
+    return y, jnp.concatenate([jnp.zeros((x.shape[0], num_columns), ffn.dtype), ffn], axis=1)
 
 
 def layer_norm(

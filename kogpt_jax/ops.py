@@ -4,7 +4,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from custom_ops import decode_attention_ffi_problem, linear_ffi_problem, prefill_attention_ffi_problem
+from custom_ops import (
+    decode_attention_ffi_problem,
+    int8_gemm_ffi_problem,
+    linear_ffi_problem,
+    mixed_gemm_ffi_problem,
+    prefill_attention_ffi_problem,
+)
 from custom_ops.linear import MAX_ROWS
 from kogpt_jax.config import Implementation, ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
@@ -27,8 +33,8 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     on a GPU always; on a CPU for INT8 weights, since XLA multiplies f32 well and would convert INT8 to f32 first.
     Beyond the 64 rows of a call "auto" gives 16-bit weights to XLA, which reads them once for all rows, and takes INT8
     ones in groups of 64 rows: XLA would write and read them in 16 bits, which is more than a few groups read. "ffi"
-    takes groups for both, so that a row has the same bits in a batch of any size, and on a GPU `prefill_attention`'s
-    kernel, which "auto" leaves to XLA until whole prefills with it have been timed.
+    takes groups for both, so that a row has the same bits in a batch of any size, and on a GPU the kernels of
+    `prefill_attention` and `mixed_gemm`, which "auto" leaves to XLA until whole prefills with them have been timed.
 
     Raises:
         InputError: an unknown choice, or "ffi" where it cannot work, with the reason.
@@ -39,37 +45,35 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     is_quantized = config.quant != "none"
     if choice == "auto" and platform == "cpu" and not is_quantized:
         return OpsConfig()
+    k_dims = (config.model_dim, (config.model_dim + config.ffn_dim) // num_shards)
     problems = {
         "linear": linear_ffi_problem(
             platform=platform,
             dtype=config.jax_dtype,
             weight_dtype=np.dtype(np.int8) if is_quantized else config.jax_dtype,
-            k_dims=(config.model_dim, (config.model_dim + config.ffn_dim) // num_shards),
+            k_dims=k_dims,
         ),
         "decode_attention": decode_attention_ffi_problem(
             platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
         ),
     }
-    if choice == "ffi" and platform == "gpu":
+    if platform == "gpu":  # what has no kernel for CPUs
         problems["prefill_attention"] = prefill_attention_ffi_problem(
             platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
         )
+        if is_quantized:
+            gemm_problem = int8_gemm_ffi_problem if config.quant == "w8a8" else mixed_gemm_ffi_problem
+            problems["gemm"] = gemm_problem(platform=platform, dtype=config.jax_dtype, k_dims=k_dims)
+    best: dict[str, Implementation] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
     if choice == "ffi":
         for op, problem in problems.items():
             if problem is not None:
                 raise InputError(f"implementation 'ffi' cannot be used for {op}: {problem}")
-        return OpsConfig(
-            linear="ffi",
-            linear_many_rows="ffi",
-            decode_attention="ffi",
-            prefill_attention="ffi" if "prefill_attention" in problems else "reference",
-        )
-
-    best: dict[str, Implementation] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
+        return OpsConfig(linear_many_rows="ffi", **best)
+    if config.quant != "w8a8":
+        best["gemm"] = "reference"
     return OpsConfig(
-        linear=best["linear"],
-        linear_many_rows=best["linear"] if is_quantized else "reference",
-        decode_attention=best["decode_attention"],
+        linear_many_rows=best["linear"] if is_quantized else "reference", **best | {"prefill_attention": "reference"}
     )
 
 
@@ -78,5 +82,5 @@ def describe(ops: OpsConfig) -> str:
     return (
         f"linear {ops.linear} (more than {MAX_ROWS} rows {ops.linear_many_rows}), "
         f"decode_attention {ops.decode_attention}, prefill_attention {ops.prefill_attention}, "
-        "other work of prefill and scoring reference"
+        f"INT8 products of prefill and scoring {ops.gemm}"
     )

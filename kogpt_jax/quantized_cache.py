@@ -79,7 +79,7 @@ def _record(source: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
     files = [(path, path.stat()) for path in find_weight_files(source)]
     return {
         "quant_method": "kogpt_jax",
-        "scheme": config.quant,
+        "scheme": "w8a16",  # w8a8 has the same weights
         "dtype": config.dtype,
         "format_version": FORMAT_VERSION,
         # The path too: files of two models may have one size, and archives that set every time to the same are common.

@@ -530,7 +530,7 @@ def test_info_json(checkpoint, engine):
     assert report["cache_dir"] == os.environ["KOGPT_CACHE_DIR"]
     assert [library["name"] for library in report["ops"]["libraries"]] == ["host", "cuda"]
     assert report["ops"]["jaxlib_ffi_version"] == list(custom_ops.jaxlib_ffi_version() or ())
-    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16"}
+    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8"}
     assert report["ops"]["auto"]["fp32"] == describe(engine.ops)
     kept = report["quantized_cache"]
     assert pathlib.Path(kept["directory"]).parent == pathlib.Path(report["cache_dir"])
@@ -566,6 +566,7 @@ def test_info_text(checkpoint):
         "host library",
         "cuda library",
         "ops with w8a16",
+        "ops with w8a8",
         str(checkpoint / "tokenizer.model"),
     ):
         assert fact in output

@@ -161,7 +161,7 @@ PERTURBATIONS = {
     "layer_norm_epsilon": [Perturbation("logits", {"layer_norm_epsilon": 1e-6})],
     "eos_token_ids": [Perturbation("text", {"eos_token_id": None})],
     "dtype": [Perturbation("logits", dtype="bf16"), Perturbation("logits", dtype="fp16")],
-    "quant": [Perturbation("logits", quant="w8a16")],
+    "quant": [Perturbation("logits", quant="w8a16"), Perturbation("logits", quant="w8a8")],
 }
 
 

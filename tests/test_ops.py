@@ -22,6 +22,7 @@ from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import make_mesh
 
 QUANTIZED = dataclasses.replace(KERNEL_CONFIG, quant="w8a16")
+W8A8 = dataclasses.replace(KERNEL_CONFIG, quant="w8a8")
 REFERENCE = OpsConfig()
 KERNELS = OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi")
 
@@ -29,9 +30,8 @@ KERNELS = OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi"
 @pytest.fixture
 def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with both libraries and what fits the model: only the choice counts."""
-    monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
-    monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: None)
-    monkeypatch.setattr(ops, "prefill_attention_ffi_problem", lambda **_: None)
+    for op in ("linear", "decode_attention", "prefill_attention", "int8_gemm", "mixed_gemm"):
+        monkeypatch.setattr(ops, f"{op}_ffi_problem", lambda **_: None)
 
 
 @pytest.mark.usefixtures("all_there")
@@ -42,14 +42,17 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
         (QUANTIZED, "cpu", KERNELS),
         (KERNEL_CONFIG, "gpu", dataclasses.replace(KERNELS, linear_many_rows="reference")),
         (QUANTIZED, "gpu", KERNELS),
+        (W8A8, "cpu", KERNELS),
+        (W8A8, "gpu", dataclasses.replace(KERNELS, gemm="ffi")),
     ],
-    ids=["cpu", "cpu w8a16", "gpu", "gpu w8a16"],
+    ids=["cpu", "cpu w8a16", "gpu", "gpu w8a16", "cpu w8a8", "gpu w8a8"],
 )
 def test_auto_is_the_faster_one(config, platform, expected):
     assert resolve_ops(config, "auto", platform=platform) == expected
     assert resolve_ops(config, "reference", platform=platform) == REFERENCE
-    prefill_attention: Implementation = "ffi" if platform == "gpu" else "reference"  # it has no kernel for CPUs
-    all_kernels = dataclasses.replace(KERNELS, prefill_attention=prefill_attention)
+    on_gpu: Implementation = "ffi" if platform == "gpu" else "reference"  # these have no kernel for CPUs
+    gemm: Implementation = "reference" if config.quant == "none" else on_gpu
+    all_kernels = dataclasses.replace(KERNELS, prefill_attention=on_gpu, gemm=gemm)
     assert resolve_ops(config, "ffi", platform=platform) == all_kernels
 
 
@@ -60,7 +63,7 @@ def test_auto_goes_op_by_op(monkeypatch):
     assert found == dataclasses.replace(KERNELS, decode_attention="reference")
     assert describe(found) == (
         "linear ffi (more than 64 rows ffi), decode_attention reference, prefill_attention reference, "
-        "other work of prefill and scoring reference"
+        "INT8 products of prefill and scoring reference"
     )
     with pytest.raises(InputError) as caught:
         resolve_ops(QUANTIZED, "ffi", platform="gpu")

@@ -1,4 +1,4 @@
-"""w8a16 from the leaves to the text: what is rounded and how, the cache of quantised weights, the demo model."""
+"""w8a16 and w8a8 from the leaves to the text: what is rounded, the cache of quantised weights, the demo model."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from hash_weights import write_checkpoint
 from small_model import KERNEL_CONFIG, greedy, prompt
 from test_checkpoint import run_script
 
-from custom_ops import quantize_weight
+from custom_ops import numerics, quantize_weight
 from kogpt_jax import KoGPT, SamplingParams, checkpoint, decoding, kv_cache, model, quantized_cache
 from kogpt_jax.config import ModelConfig, Quant
 from kogpt_jax.errors import InputError
@@ -235,6 +235,63 @@ def test_kernels_in_16_bits(directory, quant, dtype):
         expected = [score.logprobs[len(row) :] for row, score in zip(rows, oracle.score_ids(texts), strict=True)]
         errors[implementation] = error(np.array([c.logprobs for c in found]), np.array(expected, np.float64))
     assert errors["ffi"] <= 2 * errors["reference"] + {"fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
+
+
+# -- w8a8 -------------------------------------------------------------------------------------------------------------
+
+
+def test_w8a8_rounds_the_activations_of_the_layers_products(directory, monkeypatch):
+    """Against a model in f32 over the same weights whose activations are rounded in the open."""
+    tokens = prompt(70)
+    engine = KoGPT.from_pretrained(directory, dtype="fp32", quant="w8a8")
+    logits = engine.logits(tokens)
+    oracle = dequantized(engine)
+    exact = oracle.logits(tokens)
+    num_rounded = 0
+
+    def rounded(x, *args, layer_norm=None, **options):
+        nonlocal num_rounded
+        num_rounded += 1
+        if layer_norm is not None:
+            x = numerics.layer_norm(x, *layer_norm)
+        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+        return plain(jnp.round(x / scale) * scale, *args, **options)
+
+    plain = model.prefill_linear
+    monkeypatch.setattr(model, "prefill_linear", rounded)
+    jax.clear_caches()
+    try:
+        expected = oracle.logits(tokens)
+    finally:
+        jax.clear_caches()
+    assert num_rounded == 2 * engine.config.num_layers
+    assert error(expected, exact) > 1e-3
+    # An activation that lies between two integers may be rounded to either; each such is 1 / 127 of its row's largest.
+    assert error(logits, expected) < 0.1 * error(expected, exact)
+
+
+def test_w8a8_costs_little_and_decodes_as_w8a16(directory):
+    tokens = prompt(100)
+    expected = KoGPT.from_pretrained(directory, dtype="fp32").logits(tokens)
+    errors = {}
+    engines = {}
+    for quant in ("w8a16", "w8a8"):
+        engines[quant] = KoGPT.from_pretrained(directory, dtype="fp32", quant=quant, implementation="reference")
+        errors[quant] = error(engines[quant].logits(tokens), expected)
+    assert errors["w8a16"] < errors["w8a8"] < 0.1
+    assert quantized_cache.size()[0] == 1  # one copy of the weights
+
+    states = {}
+    mesh, batch = make_mesh(), 3
+    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * batch), jnp.ones(batch, jnp.int32)
+    for quant, engine in engines.items():
+        cache = kv_cache.make_kv_cache(engine.config, mesh, batch, 64)
+        arguments = (cache, np.zeros((batch, 16), np.int32), 5 * ones, 9 * ones, jnp.ones(batch, bool), rows)
+        static = {"definition": engines["w8a16"]._definition, "mesh": mesh}
+        state, _ = decoding.prefill(engine.leaves, *arguments, **static)
+        static["definition"] = engine._definition
+        states[quant] = decoding.decode_loop(engine.leaves, state, num_steps=8, **static)[1]
+    jax.tree.map(np.testing.assert_array_equal, states["w8a16"], states["w8a8"])
 
 
 # -- The cache --------------------------------------------------------------------------------------------------------
