@@ -7,8 +7,13 @@
 
 namespace kogpt {
 
+#ifdef KOGPT_HOPPER
 const char* LaunchInt8GemmHopper(const GemmParams& params, void* stream);
 const char* LaunchMixedGemmHopper(const GemmParams& params, void* stream);
+#else
+inline const char* LaunchInt8GemmHopper(const GemmParams&, void*) { return "not compiled for it"; }
+inline const char* LaunchMixedGemmHopper(const GemmParams&, void*) { return "not compiled for it"; }
+#endif
 
 // Whether the Hopper kernels are compiled for the current device, and its multiprocessors.
 struct HopperDevice {

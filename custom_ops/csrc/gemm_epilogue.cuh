@@ -160,8 +160,8 @@ struct GemmEpilogue {
     float2 residual[kSize][2];
   };
 
-  // Finish for the outputs that go to kTarget. Straight-line code: with a branch for each pair, each
-  // would wait for the one before.
+  // Finish for the outputs that go to kTarget. Straight-line code: with a branch for each pair,
+  // each would wait for the one before.
   template <Target kTarget, int kGroups, class SumAt>
   __device__ __forceinline__ void FinishAs(int row, int first, const SumAt& sum) const {
     // The loads of a batch are under way while the one before is worked on; the compiler may not
