@@ -149,15 +149,22 @@ def require_cuda() -> None:
     Raises:
         ValueError: the CUDA library cannot be used.
     """
-    if problem := _library.load("gpu").problem:
+    if problem := _library_problem("gpu"):
         raise ValueError(f'implementation "ffi" has no library to run: the cuda library: {problem}')
+
+
+def _library_problem(platform: str) -> str | None:
+    library = _library.load(platform)
+    if library.problem is None and library.left_out:
+        return f"it was built without {', '.join(library.left_out)}, which take CUTLASS's headers"
+    return library.problem
 
 
 def ffi_problem(*, platform: str, dtypes: Sequence[Any], k_dims: Sequence[int]) -> str | None:
     """Why "ffi" cannot serve on this machine, or None if it can."""
     if platform != "gpu":
         return f"there is no kernel for {platform}"
-    problems = [_library.load(platform).problem]
+    problems = [_library_problem(platform)]
     problems += [_arguments.ffi_dtype_problem(platform, np.dtype(dtype)) for dtype in dtypes]
     return next(filter(None, problems + [k_problem(k_dim) for k_dim in k_dims]), None)
 

@@ -15,15 +15,16 @@ import threading
 import jax
 import jaxlib
 
-# FFI target and C symbol of its handler: those of both libraries, and those that the CUDA library has besides.
+# FFI target and C symbol of its handler: those of both libraries, those that the CUDA library has besides, and those
+# that it has if it was built with CUTLASS's headers.
 _TARGETS = {
     "kogpt_linear": "Linear",
     "kogpt_decode_attention": "DecodeAttention",
 }
-_CUDA_TARGETS = {
+_CUDA_TARGETS = {"kogpt_prefill_attention": "PrefillAttention"}
+_GEMM_TARGETS = {
     "kogpt_int8_gemm": "Int8Gemm",
     "kogpt_mixed_gemm": "MixedGemm",
-    "kogpt_prefill_attention": "PrefillAttention",
     "kogpt_quantize_rows": "QuantizeRows",
 }
 # For each of JAX's platforms that has a library: its name, and the platform of XLA that its targets are registered for.
@@ -42,6 +43,7 @@ class LibraryInfo:
     architectures: tuple[str, ...] = ()  # CUDA: such as "sm_90a", or "compute_80" for PTX
     compilers: tuple[str, ...] = ()
     problem: str | None = "there is none for this kind of device"  # why it cannot be used; None: it can
+    left_out: tuple[str, ...] = ()  # targets that it was built without
 
 
 def library_info() -> tuple[LibraryInfo, ...]:
@@ -80,7 +82,13 @@ def _load(platform: str) -> LibraryInfo:
         info = _read_info(name, path, library)
         if info.problem is None:
             # All before the first is registered: what lacks one is not of this version of the package.
-            targets = _TARGETS | (_CUDA_TARGETS if name == "cuda" else {})
+            targets = _TARGETS
+            if name == "cuda":
+                targets = targets | _CUDA_TARGETS
+                if any(hasattr(library, symbol) for symbol in _GEMM_TARGETS.values()):
+                    targets = targets | _GEMM_TARGETS
+                else:
+                    info = dataclasses.replace(info, left_out=tuple(_GEMM_TARGETS))
             handlers = {target: getattr(library, symbol) for target, symbol in targets.items()}
             for target, handler in handlers.items():
                 capsule = jax.ffi.pycapsule(handler)

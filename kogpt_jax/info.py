@@ -156,6 +156,8 @@ def _ops_facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if library["ffi_version"] is not None:
                 built.append(f"XLA FFI {_dotted(library['ffi_version'])}")
             yield f"{library['name']} library", ", ".join([library["path"], *built])
+        if library["left_out"]:
+            yield f"{library['name']} library", f"was built without {', '.join(library['left_out'])}"
         if library["problem"] is not None:
             yield f"{library['name']} library", f"cannot be used: {library['problem']}"
     if report["jaxlib_ffi_version"] is not None:

@@ -12,7 +12,8 @@ from gemm_cases import CASES, OPS, GemmCase, gemm_arguments
 from op_cases import case_id
 
 import custom_ops
-from custom_ops import QuantizedArray
+from custom_ops import QuantizedArray, _library
+from custom_ops._library import LibraryInfo
 
 F32, BF16, FP16 = jnp.float32, jnp.bfloat16, jnp.float16
 BASE = GemmCase(9, 24, 32, "bf16", y="bf16", bias=True, gelu_from=8, act_dim=20)
@@ -107,3 +108,12 @@ def test_a_sum_that_might_not_fit_is_refused():
 def test_there_is_no_kernel_for_cpus(op):
     problem = getattr(custom_ops, f"{op}_ffi_problem")(platform="cpu", dtype=BF16, k_dims=(64,))
     assert problem == "there is no kernel for cpu"
+
+
+def test_a_library_without_cutlass_says_so(monkeypatch):
+    library = LibraryInfo("cuda", problem=None, left_out=("kogpt_int8_gemm", "kogpt_mixed_gemm"))
+    monkeypatch.setattr(_library, "load", lambda platform: library)
+    expected = "it was built without kogpt_int8_gemm, kogpt_mixed_gemm, which take CUTLASS's headers"
+    assert custom_ops.int8_gemm_ffi_problem(platform="gpu", dtype=jnp.bfloat16, k_dims=[64]) == expected
+    with pytest.raises(ValueError, match="CUTLASS's headers"):
+        custom_ops.quantize_rows(jnp.ones((2, 64)), implementation="ffi")
