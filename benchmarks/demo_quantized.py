@@ -4,6 +4,7 @@ Both models read the held-out lines and predict each token from those before it;
 both find the likeliest. Lines as for the model card (`kogpt_jax.demo.data`):
 
     python benchmarks/demo_quantized.py --corpus CORPUS --json benchmarks/results/demo_quantized.json
+    python benchmarks/demo_quantized.py --corpus CORPUS --quants w8a8
 """
 
 import argparse
@@ -21,7 +22,7 @@ from environment import environment, write_result
 from jaxtyping import Array
 
 from kogpt_jax import KoGPT, decoding
-from kogpt_jax.config import DTYPES, Dtype
+from kogpt_jax.config import DTYPES, QUANTS, Dtype, Quant
 from kogpt_jax.demo import DIRECTORY, data
 
 BATCH = 64
@@ -76,25 +77,28 @@ def heldout_rows(corpus: pathlib.Path, reference: KoGPT) -> list[list[int]]:
     return [[data.EOS_ID, *reference.tokenizer.encode(line), data.EOS_ID] for line in lines]
 
 
-def run(corpus: pathlib.Path, dtypes: Sequence[Dtype]) -> dict[str, Any]:
+def run(corpus: pathlib.Path, dtypes: Sequence[Dtype], quants: Sequence[Quant] = ("w8a16",)) -> dict[str, Any]:
     reference = KoGPT.from_pretrained("demo", dtype="fp32")
     rows = heldout_rows(corpus, reference)
-    results = {}
-    for dtype in dtypes:
-        model = KoGPT.from_pretrained("demo", dtype=dtype, quant="w8a16", keep_quantized=False)
-        results[dtype] = compare(reference, model, rows)
-        print(dtype, json.dumps(results[dtype]))
+    results: dict[str, Any] = {}
+    for quant in quants:
+        results[quant] = {}
+        for dtype in dtypes:
+            model = KoGPT.from_pretrained("demo", dtype=dtype, quant=quant, keep_quantized=False)
+            results[quant][dtype] = compare(reference, model, rows)
+            print(quant, dtype, json.dumps(results[quant][dtype]))
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in DIRECTORY.glob("*.safetensors")}
-    return {"documents": len(rows), "w8a16": results, "weights_sha256": weights, "environment": environment()}
+    return {"documents": len(rows), **results, "weights_sha256": weights, "environment": environment()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=pathlib.Path, required=True, help="folder of the corpus' text files")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--quants", choices=QUANTS, nargs="+", default=["w8a16"])
     parser.add_argument("--json", type=pathlib.Path, help="file to write")
     arguments = parser.parse_args()
-    result = run(arguments.corpus, arguments.dtypes)
+    result = run(arguments.corpus, arguments.dtypes, arguments.quants)
     write_result(arguments.json, result)
 
 
