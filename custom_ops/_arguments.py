@@ -43,3 +43,40 @@ def ffi_dtype_problem(platform: str, dtype: np.dtype) -> str | None:
     if dtype in allowed:
         return None
     return f"dtype must be {' or '.join(kind.name for kind in allowed)} on {platform}, got {dtype.name}"
+
+
+def check_attention(
+    qkv: jax.Array,
+    rotary: Sequence[jax.Array],
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    act: jax.Array,
+    num_tokens: int,
+    **per_row: jax.Array,
+) -> None:
+    """What `decode_attention` and `prefill_attention` ask of their arguments: ``num_tokens`` new tokens, and one number
+    a row in each of ``per_row``."""
+    check_rank("k_pages", k_pages, 4)
+    check_rank("act", act, 2)
+    _, num_heads, _, head_dim = k_pages.shape
+    check_dtype("k_pages", k_pages, FLOAT_DTYPES)
+    check_shape("v_pages", v_pages, k_pages.shape)
+    check_shape("qkv", qkv, (num_tokens, 3 * num_heads * head_dim))
+    for name, array in [("v_pages", v_pages), ("qkv", qkv), ("act", act)]:
+        check_dtype(name, array, [k_pages.dtype])
+    if len(rotary) != 2:
+        raise ValueError(f"rotary must be (cos, sin), got {len(rotary)} arrays")
+    check_rank("rotary[0]", rotary[0], 2)
+    half_dim = rotary[0].shape[1]
+    if 2 * half_dim > head_dim:
+        raise ValueError(f"rotary must rotate at most head_dim = {head_dim} values, got {2 * half_dim}")
+    for index, table in enumerate(rotary):
+        check_dtype(f"rotary[{index}]", table, [jnp.float32])
+        check_shape(f"rotary[{index}]", table, (num_tokens, half_dim))
+    check_dtype("page_table", page_table, [jnp.int32])
+    for name, array in per_row.items():
+        check_dtype(name, array, [jnp.int32])
+        check_shape(name, array, page_table.shape[:1])
+    if act.shape[0] != num_tokens or act.shape[1] < num_heads * head_dim:
+        raise ValueError(f"act must have shape ({num_tokens}, {num_heads * head_dim} or more), got {act.shape}")

@@ -1,4 +1,4 @@
-"""What `int8_gemm` and `mixed_gemm` have in common: the arguments behind the product, and what becomes of its sums."""
+"""What `int8_gemm` and `mixed_gemm` have in common: their arguments, and the call of their kernels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from custom_ops import _arguments, _library
+from custom_ops import _arguments, _library, _outputs
 from custom_ops.quantization import QuantizedArray
 
 # The kernels count rows, outputs and K in 32 bits, and tiles of them too.
@@ -38,64 +38,25 @@ def check(
     num_outputs, k_dim = weight.shape
     if x.ndim != 2 or x.shape[1] != k_dim:
         raise ValueError(f"x must have shape (T, K) with weight's K = {k_dim}, got {x.shape}")
-    rows = x.shape[0]
     _arguments.check_dtype("weight.qvalue", weight.qvalue, [jnp.int8])
     _arguments.check_dtype("weight.scale", weight.scale, [jnp.float32])
     _arguments.check_shape("weight.scale", weight.scale, (num_outputs, 1))
-    split = num_outputs
-    if gelu_from is not None:
-        if not 0 <= gelu_from < num_outputs:
-            raise ValueError(f"gelu_from must be in [0, {num_outputs}), the outputs of weight, got {gelu_from}")
-        split = gelu_from
-    if act_dim is not None and (gelu_from is None or act_dim < num_outputs - split):
-        needed = "None without gelu_from" if gelu_from is None else f"at least {num_outputs - split}, GELU's outputs"
-        raise ValueError(f"act_dim must be {needed}, got {act_dim}")
-    if bias is not None:
-        _arguments.check_dtype("bias", bias, [dtype])
-        _arguments.check_shape("bias", bias, (num_outputs if gelu_from is None else num_outputs - split,))
-    if residual is not None:
-        _arguments.check_dtype("residual", residual, [jnp.float32])
-        _arguments.check_shape("residual", residual, (rows, split))
-    if out_dtype is not None:
-        allowed = [np.dtype(jnp.float32)] if residual is not None else [dtype, np.dtype(jnp.float32)]
-        if np.dtype(out_dtype) not in allowed:
-            names = " or ".join(dict.fromkeys(choice.name for choice in allowed))
-            raise ValueError(f"out_dtype must be {names}, got {np.dtype(out_dtype).name}")
+    _outputs.check(
+        x.shape[0],
+        num_outputs,
+        dtype,
+        bias=bias,
+        residual=residual,
+        gelu_from=gelu_from,
+        act_dim=act_dim,
+        out_dtype=out_dtype,
+    )
 
 
 def check_k_of_int8(k_dim: int) -> None:
     """The sum over K fits into 32 bits."""
     if k_dim > _MAX_K:
         raise ValueError(f"K must be at most {_MAX_K}, so that a sum fits into 32 bits, got {k_dim}")
-
-
-def finish(
-    z: Array,
-    dtype: np.dtype,
-    *,
-    bias: Array | None,
-    residual: Array | None,
-    gelu_from: int | None,
-    act_dim: int | None,
-    out_dtype: Any,
-) -> tuple[Array, Array | None]:
-    """(y, act) from the scaled sums in f32, in `jax.numpy`."""
-    rows, num_outputs = z.shape
-    split = num_outputs if gelu_from is None else gelu_from
-    y = z[:, :split]
-    if bias is not None and gelu_from is None:
-        y = y + bias.astype(jnp.float32)
-    if residual is not None:
-        y = y + residual
-    y = y.astype(_y_dtype(dtype, residual, out_dtype))
-    if gelu_from is None:
-        return y, None
-    ffn = z[:, split:]
-    if bias is not None:
-        ffn = ffn + bias.astype(jnp.float32)
-    gelu = jax.nn.gelu(ffn, approximate=True).astype(dtype)
-    num_columns = (gelu.shape[1] if act_dim is None else act_dim) - gelu.shape[1]
-    return y, jnp.concatenate([jnp.zeros((rows, num_columns), dtype), gelu], axis=1)
 
 
 def call_ffi(
@@ -127,16 +88,16 @@ def call_ffi(
     num_gelu = num_outputs - split
     act_shape = (0,) if gelu_from is None else (rows, num_gelu if act_dim is None else act_dim)
     results = (
-        jax.ShapeDtypeStruct((rows, split), _y_dtype(dtype, residual, out_dtype)),
+        jax.ShapeDtypeStruct((rows, split), _outputs.y_dtype(dtype, residual, out_dtype)),
         jax.ShapeDtypeStruct(act_shape, dtype),
     )
     y, act = jax.ffi.ffi_call(target, results)(
         x,
-        jnp.zeros(0, jnp.float32) if x_scale is None else x_scale[:, 0],
+        _outputs.or_empty(None if x_scale is None else x_scale[:, 0], jnp.float32),
         weight.qvalue,
         weight.scale[:, 0],
-        jnp.zeros(0, dtype) if bias is None else bias,
-        jnp.zeros(0, jnp.float32) if residual is None else residual,
+        _outputs.or_empty(bias, dtype),
+        _outputs.or_empty(residual, jnp.float32),
         gelu_from=np.int64(split),
         tile=np.int64(tile),
     )
@@ -172,9 +133,3 @@ def ffi_problem(*, platform: str, dtypes: Sequence[Any], k_dims: Sequence[int]) 
 def k_problem(k_dim: int) -> str | None:
     """Why the kernels cannot take such a K, or None if they can."""
     return f"K must be a multiple of 16, got {k_dim}" if k_dim % 16 or k_dim < 1 else None
-
-
-def _y_dtype(dtype: np.dtype, residual: Array | None, out_dtype: Any) -> np.dtype:
-    if residual is not None:
-        return np.dtype(jnp.float32)
-    return dtype if out_dtype is None else np.dtype(out_dtype)

@@ -75,7 +75,10 @@ def decode_attention(
     FlashDecoding's (Dao et al. 2023).
     """
     _arguments.check_implementation(implementation)
-    _check(qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act)
+    _arguments.check_rank("page_table", page_table, 2)
+    _arguments.check_attention(
+        qkv, rotary, k_pages, v_pages, page_table, act, page_table.shape[0], lengths=lengths, num_new=num_new
+    )
     arguments = (qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act)
     if implementation == "reference":
         return decode_attention_reference(*arguments, semaphores=semaphores)
@@ -231,41 +234,3 @@ def _attend_page_after_page(q: Array, k_pages: Array, v_pages: Array, page_table
     start = (lowest, jnp.zeros(q.shape[:2], jnp.float32), jnp.zeros(q.shape, jnp.float32))
     _, total, out = jax.lax.fori_loop(0, num_pages, add_page, start)
     return (out / total[..., None]).astype(q.dtype)
-
-
-def _check(
-    qkv: Array,
-    rotary: tuple[Array, Array],
-    k_pages: Array,
-    v_pages: Array,
-    page_table: Array,
-    lengths: Array,
-    num_new: Array,
-    act: Array,
-) -> None:
-    """What holds for every implementation."""
-    _arguments.check_rank("k_pages", k_pages, 4)
-    _arguments.check_rank("page_table", page_table, 2)
-    _arguments.check_rank("act", act, 2)
-    _, num_heads, _, head_dim = k_pages.shape
-    batch = page_table.shape[0]
-    _arguments.check_dtype("k_pages", k_pages, _arguments.FLOAT_DTYPES)
-    _arguments.check_shape("v_pages", v_pages, k_pages.shape)
-    _arguments.check_shape("qkv", qkv, (batch, 3 * num_heads * head_dim))
-    for name, array in [("v_pages", v_pages), ("qkv", qkv), ("act", act)]:
-        _arguments.check_dtype(name, array, [k_pages.dtype])
-    if len(rotary) != 2:
-        raise ValueError(f"rotary must be (cos, sin), got {len(rotary)} arrays")
-    _arguments.check_rank("rotary[0]", rotary[0], 2)
-    half_dim = rotary[0].shape[1]
-    if 2 * half_dim > head_dim:
-        raise ValueError(f"rotary must rotate at most head_dim = {head_dim} values, got {2 * half_dim}")
-    for index, table in enumerate(rotary):
-        _arguments.check_dtype(f"rotary[{index}]", table, [jnp.float32])
-        _arguments.check_shape(f"rotary[{index}]", table, (batch, half_dim))
-    for name, array in [("page_table", page_table), ("lengths", lengths), ("num_new", num_new)]:
-        _arguments.check_dtype(name, array, [jnp.int32])
-    for name, array in [("lengths", lengths), ("num_new", num_new)]:
-        _arguments.check_shape(name, array, (batch,))
-    if act.shape[0] != batch or act.shape[1] < num_heads * head_dim:
-        raise ValueError(f"act must have shape ({batch}, {num_heads * head_dim} or more), got {act.shape}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from custom_ops import _arguments, _gemm
+from custom_ops import _arguments, _gemm, _outputs
 from custom_ops.quantization import QuantizedArray
 
 
@@ -84,7 +84,7 @@ def int8_gemm_reference(
     """`int8_gemm` in `jax.numpy`."""
     contract_last = (((1,), (1,)), ((), ()))
     sums = jax.lax.dot_general(x.qvalue, weight.qvalue, contract_last, preferred_element_type=jnp.int32)
-    return _gemm.finish(sums.astype(jnp.float32) * x.scale * weight.scale[:, 0], dtype, **options)
+    return _outputs.finish(sums.astype(jnp.float32) * x.scale * weight.scale[:, 0], dtype, **options)
 
 
 def int8_gemm_ffi(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from custom_ops import _arguments, _library, numerics
+from custom_ops import _arguments, _library, _outputs, numerics
 from custom_ops.quantization import QuantizedArray
 from custom_ops.semaphores import check_semaphores
 
@@ -119,7 +119,6 @@ def linear_reference(
     """`linear` in `jax.numpy`: LayerNorm in f32, the product in dtype with f32 accumulation."""
     del prefetch_weight  # XLA orders its own reads
     dtype = _compute_dtype(x, weight, layer_norm)
-    out_dtype = _out_dtype(dtype, residual, out_dtype)
     h = x
     if layer_norm is not None:
         h = numerics.layer_norm(h, *layer_norm)
@@ -130,25 +129,12 @@ def linear_reference(
         # Integers up to 127 are exact in 16 bits.
         z = numerics.product(h, weight.qvalue.astype(dtype), jnp.float32) * weight.scale[:, 0]
     else:
-        z = numerics.product(h, weight, out_dtype)
+        z = numerics.product(h, weight, _outputs.y_dtype(dtype, residual, out_dtype))
 
-    split = weight.shape[0] if gelu_from is None else gelu_from
-    y = z[:, :split]
-    if bias is not None and gelu_from is None:
-        y = y.astype(jnp.float32) + bias.astype(jnp.float32)
-    if residual is not None:
-        y = y + residual
-    y = y.astype(out_dtype)
-    if gelu_from is None:
-        return y, semaphores
-    ffn = z[:, split:].astype(jnp.float32)
-    if bias is not None:
-        ffn = ffn + bias.astype(jnp.float32)
-    gelu = jax.nn.gelu(ffn, approximate=True).astype(dtype)
-    num_columns = (gelu.shape[1] if act_dim is None else act_dim) - gelu.shape[1]
-    # As a concatenation, which `decode_attention_reference` takes apart again: XLA makes one of the two.
-    act = jnp.concatenate([jnp.zeros((x.shape[0], num_columns), dtype), gelu], axis=1)
-    return y, act, semaphores
+    y, act = _outputs.finish(
+        z, dtype, bias=bias, residual=residual, gelu_from=gelu_from, act_dim=act_dim, out_dtype=out_dtype
+    )
+    return (y, semaphores) if act is None else (y, act, semaphores)
 
 
 def linear_ffi(
@@ -186,7 +172,7 @@ def linear_ffi(
     padded_rows = next(padded for padded in _PADDED_ROWS if rows <= padded)
     ln_scale, ln_bias, epsilon = (None, None, 0.0) if layer_norm is None else layer_norm
     results = (
-        jax.ShapeDtypeStruct((rows, split), _out_dtype(dtype, residual, out_dtype)),
+        jax.ShapeDtypeStruct((rows, split), _outputs.y_dtype(dtype, residual, out_dtype)),
         jax.ShapeDtypeStruct(act_shape, dtype),
         jax.ShapeDtypeStruct((rows, k_dim) if has_scratch else (0,), dtype),
         # Sized for CUDA on every platform, since the platform is not known yet: the Host handler never touches it.
@@ -196,12 +182,12 @@ def linear_ffi(
     y, act, _, _, semaphores = jax.ffi.ffi_call("kogpt_linear", results, input_output_aliases={8: 4})(
         x,
         qvalue,
-        _or_empty(scale, jnp.float32),
-        _or_empty(bias, dtype),
-        _or_empty(ln_scale, dtype),
-        _or_empty(ln_bias, dtype),
-        _or_empty(k_multiplier, jnp.float32),
-        _or_empty(residual, jnp.float32),
+        _outputs.or_empty(scale, jnp.float32),
+        _outputs.or_empty(bias, dtype),
+        _outputs.or_empty(ln_scale, dtype),
+        _outputs.or_empty(ln_bias, dtype),
+        _outputs.or_empty(k_multiplier, jnp.float32),
+        _outputs.or_empty(residual, jnp.float32),
         semaphores,
         gelu_from=np.int64(split),
         epsilon=np.float32(epsilon),
@@ -242,17 +228,6 @@ def _compute_dtype(x: Array, weight: Array | QuantizedArray, layer_norm: tuple[A
     return x.dtype if layer_norm is None else layer_norm[0].dtype
 
 
-def _out_dtype(dtype: np.dtype, residual: Array | None, out_dtype: Any) -> np.dtype:
-    if residual is not None:
-        return np.dtype(jnp.float32)
-    return dtype if out_dtype is None else np.dtype(out_dtype)
-
-
-def _or_empty(array: Array | None, dtype: Any) -> Array:
-    """An operand that is absent is an array without elements."""
-    return jnp.zeros(0, dtype) if array is None else array
-
-
 def _check(
     x: Array,
     weight: Array | QuantizedArray,
@@ -283,29 +258,22 @@ def _check(
     if x.dtype != dtype and layer_norm is None:
         raise ValueError(f"x must be {dtype.name} as the weight is, or f32 with layer_norm, got {x.dtype.name}")
 
-    split = num_outputs
-    if gelu_from is not None:
-        if not 0 <= gelu_from < num_outputs:
-            raise ValueError(f"gelu_from must be in [0, {num_outputs}), the outputs of weight, got {gelu_from}")
-        split = gelu_from
-    if act_dim is not None and (gelu_from is None or act_dim < num_outputs - split):
-        needed = "None without gelu_from" if gelu_from is None else f"at least {num_outputs - split}, GELU's outputs"
-        raise ValueError(f"act_dim must be {needed}, got {act_dim}")
+    _outputs.check(
+        rows,
+        num_outputs,
+        dtype,
+        bias=bias,
+        residual=residual,
+        gelu_from=gelu_from,
+        act_dim=act_dim,
+        out_dtype=out_dtype,
+    )
     operands = [
-        ("bias", bias, num_outputs if gelu_from is None else num_outputs - split, dtype),
-        ("layer_norm.scale", None if layer_norm is None else layer_norm[0], k_dim, dtype),
-        ("layer_norm.bias", None if layer_norm is None else layer_norm[1], k_dim, dtype),
-        ("k_multiplier", k_multiplier, k_dim, np.dtype(jnp.float32)),
+        ("layer_norm.scale", None if layer_norm is None else layer_norm[0], dtype),
+        ("layer_norm.bias", None if layer_norm is None else layer_norm[1], dtype),
+        ("k_multiplier", k_multiplier, np.dtype(jnp.float32)),
     ]
-    for name, operand, length, operand_dtype in operands:
+    for name, operand, operand_dtype in operands:
         if operand is not None:
             _arguments.check_dtype(name, operand, [operand_dtype])
-            _arguments.check_shape(name, operand, (length,))
-    if residual is not None:
-        _arguments.check_dtype("residual", residual, [jnp.float32])
-        _arguments.check_shape("residual", residual, (rows, split))
-    if out_dtype is not None:
-        allowed = [np.dtype(jnp.float32)] if residual is not None else [dtype, np.dtype(jnp.float32)]
-        if np.dtype(out_dtype) not in allowed:
-            names = " or ".join(dict.fromkeys(choice.name for choice in allowed))
-            raise ValueError(f"out_dtype must be {names}, got {np.dtype(out_dtype).name}")
+            _arguments.check_shape(name, operand, (k_dim,))

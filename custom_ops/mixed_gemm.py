@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from custom_ops import _arguments, _gemm, numerics
+from custom_ops import _arguments, _gemm, _outputs, numerics
 from custom_ops.quantization import QuantizedArray
 
 
@@ -73,7 +73,7 @@ def mixed_gemm_reference(x: Float[Array, "T K"], weight: QuantizedArray, **optio
     """`mixed_gemm` in `jax.numpy`."""
     # Integers up to 127 are exact in 16 bits.
     sums = numerics.product(x, weight.qvalue.astype(x.dtype), jnp.float32)
-    return _gemm.finish(sums * weight.scale[:, 0], np.dtype(x.dtype), **options)
+    return _outputs.finish(sums * weight.scale[:, 0], np.dtype(x.dtype), **options)
 
 
 def mixed_gemm_ffi(

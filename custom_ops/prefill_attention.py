@@ -83,7 +83,22 @@ def prefill_attention(
     Rotary embedding is Su et al.'s (2021); the kernels follow FlashAttention-2 and -3 (Dao 2023, Shah et al. 2024).
     """
     _arguments.check_implementation(implementation)
-    _check(qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, max_new)
+    _arguments.check_rank("page_table", page_table, 2)
+    _arguments.check_rank("qkv", qkv, 2)
+    _arguments.check_attention(
+        qkv,
+        rotary,
+        k_pages,
+        v_pages,
+        page_table,
+        act,
+        qkv.shape[0],
+        begins=begins,
+        num_new=num_new,
+        lengths=lengths,
+    )
+    if max_new is not None and max_new < 0:
+        raise ValueError(f"max_new must not be negative, got {max_new}")
     run = prefill_attention_reference if implementation == "reference" else prefill_attention_ffi
     act, k_pages, v_pages = run(
         qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, max_new=max_new
@@ -215,46 +230,3 @@ def prefill_attention_ffi_problem(
         return problem
     library = _library.load(platform)
     return None if library.problem is None else f"prefill_attention needs the CUDA library: {library.problem}"
-
-
-def _check(
-    qkv: Array,
-    rotary: tuple[Array, Array],
-    k_pages: Array,
-    v_pages: Array,
-    page_table: Array,
-    begins: Array,
-    num_new: Array,
-    lengths: Array,
-    act: Array,
-    max_new: int | None,
-) -> None:
-    """What holds for every implementation."""
-    _arguments.check_rank("k_pages", k_pages, 4)
-    _arguments.check_rank("page_table", page_table, 2)
-    _arguments.check_rank("qkv", qkv, 2)
-    _arguments.check_rank("act", act, 2)
-    _, num_heads, _, head_dim = k_pages.shape
-    total_tokens, batch = qkv.shape[0], page_table.shape[0]
-    _arguments.check_dtype("k_pages", k_pages, _arguments.FLOAT_DTYPES)
-    _arguments.check_shape("v_pages", v_pages, k_pages.shape)
-    _arguments.check_shape("qkv", qkv, (total_tokens, 3 * num_heads * head_dim))
-    for name, array in [("v_pages", v_pages), ("qkv", qkv), ("act", act)]:
-        _arguments.check_dtype(name, array, [k_pages.dtype])
-    if len(rotary) != 2:
-        raise ValueError(f"rotary must be (cos, sin), got {len(rotary)} arrays")
-    _arguments.check_rank("rotary[0]", rotary[0], 2)
-    half_dim = rotary[0].shape[1]
-    if 2 * half_dim > head_dim:
-        raise ValueError(f"rotary must rotate at most head_dim = {head_dim} values, got {2 * half_dim}")
-    for index, table in enumerate(rotary):
-        _arguments.check_dtype(f"rotary[{index}]", table, [jnp.float32])
-        _arguments.check_shape(f"rotary[{index}]", table, (total_tokens, half_dim))
-    _arguments.check_dtype("page_table", page_table, [jnp.int32])
-    for name, array in [("begins", begins), ("num_new", num_new), ("lengths", lengths)]:
-        _arguments.check_dtype(name, array, [jnp.int32])
-        _arguments.check_shape(name, array, (batch,))
-    if act.shape[0] != total_tokens or act.shape[1] < num_heads * head_dim:
-        raise ValueError(f"act must have shape ({total_tokens}, {num_heads * head_dim} or more), got {act.shape}")
-    if max_new is not None and max_new < 0:
-        raise ValueError(f"max_new must not be negative, got {max_new}")

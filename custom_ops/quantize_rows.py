@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from custom_ops import _arguments, _gemm, numerics
+from custom_ops import _arguments, _gemm, _outputs, numerics
 from custom_ops.linear import LayerNorm
 from custom_ops.quantization import QuantizedArray, quantize_weight
 
@@ -89,9 +89,9 @@ def quantize_rows_ffi(
     results = (jax.ShapeDtypeStruct((rows, k_dim), jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32))
     qvalue, scale = jax.ffi.ffi_call("kogpt_quantize_rows", results)(
         x,
-        jnp.zeros(0, jnp.float32) if ln_scale is None else ln_scale,
-        jnp.zeros(0, jnp.float32) if ln_bias is None else ln_bias,
-        jnp.zeros(0, jnp.float32) if k_multiplier is None else k_multiplier,
+        _outputs.or_empty(ln_scale, jnp.float32),
+        _outputs.or_empty(ln_bias, jnp.float32),
+        _outputs.or_empty(k_multiplier, jnp.float32),
         epsilon=np.float32(epsilon),
     )
     return QuantizedArray(qvalue, scale[:, None])

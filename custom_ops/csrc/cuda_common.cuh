@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "op_common.h"
 
@@ -175,6 +176,24 @@ __device__ __forceinline__ uint4 Pack(const float (&values)[8]) {
   return make_uint4(
       Pair<T>::FromFloats(values[0], values[1]), Pair<T>::FromFloats(values[2], values[3]),
       Pair<T>::FromFloats(values[4], values[5]), Pair<T>::FromFloats(values[6], values[7]));
+}
+
+// sums += A B for 16 rows of A, 8 columns of B and 16 k, in f32; operands as the instruction m16n8k16
+// has them: four registers of A, two of B.
+template <typename T>
+__device__ __forceinline__ void MultiplyAdd(float* sums, const uint32_t* a, uint32_t b0,
+                                            uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};\n"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }
 
 inline const char* MessageOf(cudaError_t error) {

@@ -21,7 +21,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <type_traits>
 
 #include "cuda_common.cuh"
 #include "prefill_attention.h"
@@ -710,23 +709,6 @@ template <int kHeadDim>
 constexpr int kPortableTileBytes = kHeadDim / kBoxColumns * kBoxBytes;
 
 #if __CUDA_ARCH__ != 900
-
-// sums += A B for 16 rows, 8 columns and 16 k.
-template <typename T>
-__device__ __forceinline__ void MultiplyAdd(float* sums, const uint32_t* a, uint32_t b0,
-                                            uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};\n"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
 
 // Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 template <bool kIsTransposed>
