@@ -44,6 +44,7 @@ _SHOWN_CHARS = 40  # of a text in a table
 
 _Dtype = Literal["fp32", "fp16", "bf16"]
 _QuantMode = Literal["none", "w8a16", "w8a8"]
+_KvDtypeName = Literal["none", "fp32", "fp16", "bf16", "int8"]
 _Choice = Literal["auto", "ffi", "reference"]
 _Model = Annotated[
     str, typer.Option("--model", "-m", metavar="DIR", help="Hugging Face directory, or 'demo' for the shipped model.")
@@ -68,8 +69,8 @@ _Implementation = Annotated[
     typer.Option(help="What runs a decode step: ffi (this project's kernels), reference (XLA), or the faster one."),
 ]
 _KvDtype = Annotated[
-    str | None,
-    typer.Option(help="Dtype of the KV cache. Only the model's is supported yet: leave it out, or say 'none'."),
+    _KvDtypeName | None,
+    typer.Option(help="Dtype of the KV cache: int8, or the model's ('none' or its name), which is the default."),
 ]
 _Mesh = Annotated[str, typer.Option(help="Devices along the data, pipe and tensor axes; only d1p1t1 is supported yet.")]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
@@ -329,6 +330,7 @@ class _Clock:
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
         config = engine.config
         dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
+        dtype += "" if config.kv_dtype is None else f", {config.kv_dtype} cache"
         lines = [
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
@@ -560,20 +562,19 @@ def _load(
     dtype: _Dtype | None,
     quant: _QuantMode,
     keep_quantized: bool,
-    kv_dtype: str | None,
+    kv_dtype: _KvDtypeName | None,
     mesh: str,
     max_batch_size: int,
     implementation: _Choice = "auto",
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too, to name the option
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
-    if kv_dtype not in (None, "none"):  # here, since a command line has no None, which is what the engine asks for
-        raise InputError(f"--kv-dtype {kv_dtype!r} is not supported yet: leave the option out")
     engine = kogpt_jax.KoGPT.from_pretrained(
         model,
         dtype=dtype,
         quant=quant,
         keep_quantized=keep_quantized,
+        kv_dtype=None if kv_dtype == "none" else kv_dtype,
         mesh=mesh,
         max_batch_size=max_batch_size,
         implementation=implementation,

@@ -215,7 +215,7 @@ def _emitted(tokens: Array, logprobs: Array, state: DecodeState) -> Emitted:
 
 def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
     return DecodeState(
-        cache=cache_specs(definition.config.num_layers),
+        cache=cache_specs(definition.config),
         tokens=_ROWS,
         num_remaining=_ROWS,
         ignore_eos=_ROWS,

@@ -163,7 +163,8 @@ class KoGPT:
                 weights of "w8a16", and where prompts are read and texts scored it rounds the activations of the layers'
                 products to INT8 too, with a scale a token.
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
-            kv_dtype: must be None, the cache has the model's dtype.
+            kv_dtype: "int8" holds the cache of keys and values in INT8 with a scale a token and head; None, or the name
+                of the model's dtype, in that.
             mesh: "d1p1t1", others are not supported yet.
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
@@ -177,13 +178,11 @@ class KoGPT:
         if quant not in QUANTS:
             raise InputError(f"quant must be one of {', '.join(QUANTS)}, got {quant!r}")
         check_choice(implementation)
-        if kv_dtype is not None:
-            raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
         extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
-        config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant)
+        config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant, kv_dtype=kv_dtype)
         tokenizer_file = find_tokenizer(directory)
         tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:

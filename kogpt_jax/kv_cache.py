@@ -7,6 +7,8 @@
 Tokens are left-aligned: token j of row b lies in page ``page_table[b, j // PAGE_LEN]`` at offset ``j % PAGE_LEN``, and
 key j is valid iff ``j < lengths[b]``. What lies beyond is never read into a result, whatever it holds. The last page
 of the pool is a scratch page that stands in no page table: writes that shall have no effect go there.
+
+With ``kv_dtype="int8"`` pages are `QuantizedArray`s: beside the values an f32 scale a token and head, paged alike.
 """
 
 import dataclasses
@@ -16,8 +18,10 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from custom_ops import QuantizedArray
+from custom_ops.pages import Pages
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.sharding import named_sharding, partition_spec
 
@@ -32,8 +36,8 @@ _PAGES_AXES = ("pages", "heads", "kv_len", "head_dim")
 class KVCache:
     """The cache of a batch: one array of pages per layer for keys and one for values."""
 
-    k: tuple[Float[Array, "pages N page_len H"], ...]
-    v: tuple[Float[Array, "pages N page_len H"], ...]
+    k: tuple[Pages, ...]
+    v: tuple[Pages, ...]
     page_table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
 
@@ -43,9 +47,10 @@ class KVCache:
         return self.page_table.shape[1] * PAGE_LEN
 
 
-def cache_specs(num_layers: int) -> KVCache:
+def cache_specs(config: ModelConfig) -> KVCache:
     """The partition of a cache over the mesh, in the cache's own structure."""
-    pages: Any = (partition_spec(_PAGES_AXES),) * num_layers  # Any: they stand where a cache has arrays
+    of_part: Any = partition_spec(_PAGES_AXES)  # Any: they stand where a cache has arrays
+    pages = (of_part if config.kv_dtype is None else QuantizedArray(of_part, of_part),) * config.num_layers
     page_table: Any = partition_spec(("batch", None))
     lengths: Any = partition_spec(("batch",))
     return KVCache(k=pages, v=pages, page_table=page_table, lengths=lengths)
@@ -54,8 +59,9 @@ def cache_specs(num_layers: int) -> KVCache:
 def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:
     """Bytes of pages that one row of ``max_len`` tokens takes, over all layers, keys and values (scratch page
     apart)."""
-    itemsize = config.jax_dtype.itemsize
-    return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.model_dim * itemsize
+    scale_bytes = 0 if config.kv_dtype is None else 4
+    head_bytes = config.head_dim * config.cache_dtype.itemsize + scale_bytes  # of a token
+    return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.num_heads * head_bytes
 
 
 def pages_per_row(max_len: int) -> int:
@@ -71,9 +77,15 @@ def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> 
     num_pages = batch * max_pages + mesh.shape["data"]  # a scratch page a data shard
     shape = (num_pages, config.num_heads, PAGE_LEN, config.head_dim)
 
-    def pages() -> tuple[Array, ...]:
-        zeros = (jnp.zeros(shape, config.jax_dtype) for _ in range(config.num_layers))
-        return tuple(jax.lax.with_sharding_constraint(z, named_sharding(mesh, _PAGES_AXES)) for z in zeros)
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+        return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), named_sharding(mesh, _PAGES_AXES))
+
+    def layer() -> Pages:
+        values = zeros(shape, config.cache_dtype)
+        return values if config.kv_dtype is None else QuantizedArray(values, zeros((*shape[:3], 1), jnp.float32))
+
+    def pages() -> tuple[Pages, ...]:
+        return tuple(layer() for _ in range(config.num_layers))
 
     rows_per_shard = batch // mesh.shape["data"]  # a data shard numbers its own pages from 0
     own_pages = jnp.arange(rows_per_shard * max_pages, dtype=jnp.int32).reshape(rows_per_shard, max_pages)

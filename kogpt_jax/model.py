@@ -51,7 +51,7 @@ TILE_SIZE = 1 << 24
 
 # From a layer's local q, k, v to attention's output and what the phase keeps of the layer: its updated pages, or
 # nothing.
-Attend = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
+Attend = Callable[[Array, Array, Array], tuple[Array, tuple[pages.Pages, ...]]]
 
 
 class Embed(nnx.Module):
@@ -87,7 +87,9 @@ class Block(nnx.Module):
         )
         self.b_ffn_out = _param((model_dim,), ("embed",), config)
 
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Attend
+    ) -> tuple[Float[Array, "B T D"], tuple[pages.Pages, ...]]:
         batch, q_len, _ = x.shape
         qkv, act = self._project_in(x)
         with jax.named_scope("attention"):
@@ -105,7 +107,7 @@ class Block(nnx.Module):
         layer: int,
         cache: KVCache,
         lengths: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[pages.Pages, pages.Pages]]:
         """Whole prompts, with `custom_ops.prefill_attention` between the products.
 
         Args:
@@ -168,7 +170,7 @@ class Block(nnx.Module):
         cache: KVCache,
         num_new: Int[Array, " B"],
         semaphores: Array,
-    ) -> tuple[Float[Array, "B D"], tuple[Array, Array], Array]:
+    ) -> tuple[Float[Array, "B D"], tuple[pages.Pages, pages.Pages], Array]:
         """One token a row. Both products' inputs lie in one buffer ``act``: GELU fills the FFN's part of it, attention
         its own.
 
@@ -234,7 +236,7 @@ class GPTJ(nnx.Module):
         """
         rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], self.config))
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[pages.Pages, ...]]:
             q, k = apply_rotary(q, k, rotary)
             return causal_attention(q, k, v), ()
 
@@ -259,12 +261,12 @@ class GPTJ(nnx.Module):
         new_pages = []
         for layer, block in enumerate(self.blocks):
 
-            def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
+            def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[pages.Pages, ...]]:
                 q, k = apply_rotary(q, k, for_heads(rotary))
                 return causal_attention(q, k, v), _append(cache, layer, k, v, positions, is_valid)
 
-            layer_pages: tuple[Array, ...]
-            if self.ops.prefill_attention == "reference":
+            layer_pages: tuple[pages.Pages, ...]
+            if self.ops.prefill_attention == "reference" and self.config.kv_dtype is None:
                 x, layer_pages = block(x, attend)
             else:
                 x, layer_pages = block.prefill(x, (cos, sin), layer, cache, lengths)
@@ -482,13 +484,15 @@ def causal_attention(
     return jnp.concatenate(outputs, axis=1)
 
 
-def _append(cache: KVCache, layer: int, k: Array, v: Array, positions: Array, is_valid: Array) -> tuple[Array, Array]:
+def _append(
+    cache: KVCache, layer: int, k: Array, v: Array, positions: Array, is_valid: Array
+) -> tuple[pages.Pages, pages.Pages]:
     """A layer's pages of keys and of values with the new tokens in."""
     k_pages = pages.append(cache.k[layer], k, cache.page_table, positions, is_valid)
     return k_pages, pages.append(cache.v[layer], v, cache.page_table, positions, is_valid)
 
 
-def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths: Array) -> KVCache:
+def _with_pages(cache: KVCache, new_pages: Sequence[tuple[pages.Pages, ...]], lengths: Array) -> KVCache:
     k, v = zip(*new_pages, strict=True)
     return dataclasses.replace(cache, k=k, v=v, lengths=lengths)
 

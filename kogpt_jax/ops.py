@@ -1,6 +1,6 @@
 """Which implementation runs each op: resolved once, when an engine is built, and printed. Nothing falls back later."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -35,6 +35,7 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     ones in groups of 64 rows: XLA would write and read them in 16 bits, which is more than a few groups read. "ffi"
     takes groups for both, so that a row has the same bits in a batch of any size, and on a GPU the kernels of
     `prefill_attention` and `mixed_gemm`, which "auto" leaves to XLA until whole prefills with them have been timed.
+    An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
 
     Raises:
         InputError: an unknown choice, or "ffi" where it cannot work, with the reason.
@@ -46,6 +47,12 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     if choice == "auto" and platform == "cpu" and not is_quantized:
         return OpsConfig()
     k_dims = (config.model_dim, (config.model_dim + config.ffn_dim) // num_shards)
+    cache: dict[str, Any] = {
+        "dtype": config.jax_dtype,
+        "pages_dtype": config.cache_dtype,
+        "head_dim": config.head_dim,
+        "page_len": PAGE_LEN,
+    }
     problems = {
         "linear": linear_ffi_problem(
             platform=platform,
@@ -53,14 +60,10 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
             weight_dtype=np.dtype(np.int8) if is_quantized else config.jax_dtype,
             k_dims=k_dims,
         ),
-        "decode_attention": decode_attention_ffi_problem(
-            platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
-        ),
+        "decode_attention": decode_attention_ffi_problem(platform=platform, **cache),
     }
     if platform == "gpu":  # what has no kernel for CPUs
-        problems["prefill_attention"] = prefill_attention_ffi_problem(
-            platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
-        )
+        problems["prefill_attention"] = prefill_attention_ffi_problem(platform=platform, **cache)
         if is_quantized:
             gemm_problem = int8_gemm_ffi_problem if config.quant == "w8a8" else mixed_gemm_ffi_problem
             problems["gemm"] = gemm_problem(platform=platform, dtype=config.jax_dtype, k_dims=k_dims)

@@ -305,6 +305,9 @@ def test_stats_go_to_stderr(checkpoint):
         assert unit == "tokens/s"
         assert rest == [f"({40 * arguments.count('--prompt')}", "tokens", "in", "all)"]
         assert lines["device"].startswith("cpu")
+        assert lines["device"].endswith(", fp32")
+    stderr = _invoke("generate", *options, "--prompt", "나는", "--kv-dtype", "int8").stderr
+    assert ", fp32, int8 cache\n" in stderr
 
 
 def test_clock_leaves_out_what_may_compile(monkeypatch):
@@ -354,7 +357,8 @@ def test_int8_weights(checkpoint):
         (["--seed", "-1"], ["seed", "-1"]),
         (["--quant", "w4a16"], ["--quant", "w4a16", "w8a16"]),
         (["--implementation", "cudnn"], ["--implementation", "cudnn", "reference"]),
-        (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "leave the option out"]),
+        (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "int8"]),
+        (["--dtype", "fp32", "--kv-dtype", "bf16"], ["kv_dtype", "bf16", "fp32", "int8"]),
         (["--mesh", "d1p1t2"], ["mesh", "d1p1t2"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
         (["--max-batch-size", "0"], ["--max-batch-size", "0"]),
@@ -530,7 +534,7 @@ def test_info_json(checkpoint, engine):
     assert report["cache_dir"] == os.environ["KOGPT_CACHE_DIR"]
     assert [library["name"] for library in report["ops"]["libraries"]] == ["host", "cuda"]
     assert report["ops"]["jaxlib_ffi_version"] == list(custom_ops.jaxlib_ffi_version() or ())
-    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8"}
+    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8", "int8 cache"}
     assert report["ops"]["auto"]["fp32"] == describe(engine.ops)
     kept = report["quantized_cache"]
     assert pathlib.Path(kept["directory"]).parent == pathlib.Path(report["cache_dir"])
@@ -549,7 +553,12 @@ def test_info_json(checkpoint, engine):
         "w8a16": num_int8 + 4 * num_scales + 2 * (num_params - num_int8),
     }
     # Keys and values of 32 numbers a token in the only layer.
-    assert model["kv_cache_bytes_per_row"] == {"fp32": 256 * _MAX_LEN, "fp16": 128 * _MAX_LEN, "bf16": 128 * _MAX_LEN}
+    assert model["kv_cache_bytes_per_row"] == {
+        "fp32": 256 * _MAX_LEN,
+        "fp16": 128 * _MAX_LEN,
+        "bf16": 128 * _MAX_LEN,
+        "int8": (64 + 4 * 4) * _MAX_LEN,  # and scales of two heads
+    }
     assert model["config"] == json.loads(json.dumps(dataclasses.asdict(engine.config)))
     assert model["tokenizer"]["file"] == str(checkpoint / "tokenizer.model")
     assert model["tokenizer"]["special_ids"] == {"bos": 0, "eos": 1, "unk": 2, "pad": 3, "mask": None}
