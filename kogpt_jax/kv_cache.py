@@ -64,6 +64,14 @@ def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:
     return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.num_heads * head_bytes
 
 
+def make_pages(config: ModelConfig, num_pages: int, num_heads: int) -> Pages:
+    """Empty pages of a layer's keys, or of its values, for so many heads."""
+    values = jnp.zeros((num_pages, num_heads, PAGE_LEN, config.head_dim), config.cache_dtype)
+    if config.kv_dtype is None:
+        return values
+    return QuantizedArray(values, jnp.zeros((*values.shape[:3], 1), jnp.float32))
+
+
 def pages_per_row(max_len: int) -> int:
     """Pages that hold ``max_len`` tokens."""
     return -(-max_len // PAGE_LEN)
@@ -75,17 +83,10 @@ def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> 
     own."""
     max_pages = pages_per_row(max_len)
     num_pages = batch * max_pages + mesh.shape["data"]  # a scratch page a data shard
-    shape = (num_pages, config.num_heads, PAGE_LEN, config.head_dim)
-
-    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
-        return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), named_sharding(mesh, _PAGES_AXES))
-
-    def layer() -> Pages:
-        values = zeros(shape, config.cache_dtype)
-        return values if config.kv_dtype is None else QuantizedArray(values, zeros((*shape[:3], 1), jnp.float32))
 
     def pages() -> tuple[Pages, ...]:
-        return tuple(layer() for _ in range(config.num_layers))
+        layers = tuple(make_pages(config, num_pages, config.num_heads) for _ in range(config.num_layers))
+        return jax.lax.with_sharding_constraint(layers, named_sharding(mesh, _PAGES_AXES))
 
     rows_per_shard = batch // mesh.shape["data"]  # a data shard numbers its own pages from 0
     own_pages = jnp.arange(rows_per_shard * max_pages, dtype=jnp.int32).reshape(rows_per_shard, max_pages)

@@ -15,6 +15,7 @@ MESH_AXES = ("data", "pipe", "tensor")
 # would give one device all of Q, so the shards are laid out before and stacked.
 _MESH_AXIS_OF = {
     "batch": "data",
+    "tokens": "data",
     "pages": "data",
     "heads": "tensor",
     "tensor_shard": "tensor",

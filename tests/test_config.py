@@ -230,7 +230,8 @@ def test_kv_dtype():
     """The model's own dtype has one name, so that equal models are equal."""
     same = dataclasses.replace(SMALL, dtype="fp16", kv_dtype="fp16")
     assert same == dataclasses.replace(SMALL, dtype="fp16")
-    assert (same.kv_dtype, same.cache_dtype) == (None, np.float16)
+    assert same.kv_dtype is None
+    assert same.cache_dtype == np.float16
     assert dataclasses.replace(same, dtype="fp32").cache_dtype == np.float32
     assert dataclasses.replace(SMALL, kv_dtype="int8").cache_dtype == np.int8
     for kv_dtype in ("fp32", "fp8", ""):
