@@ -73,6 +73,10 @@ _KvDtype = Annotated[
     typer.Option(help="Dtype of the KV cache: int8, or the model's ('none' or its name), which is the default."),
 ]
 _Mesh = Annotated[str, typer.Option(help="Devices along the data, pipe and tensor axes; only d1p1t1 is supported yet.")]
+_NanGuard = Annotated[
+    bool,
+    typer.Option("--nan-guard", help="Where logits are not finite, name the first layer and op that was not. Slow."),
+]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
 _Temperature = Annotated[
     float, typer.Option(help="0 takes the most likely token; larger is more varied. Finite, 0 or more.")
@@ -175,6 +179,7 @@ def generate(
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
     implementation: _Implementation = "auto",
+    nan_guard: _NanGuard = False,
     input_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -216,7 +221,7 @@ def generate(
     if stream and not can_stream:
         raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
     clock = _Clock()
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, implementation)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, implementation, nan_guard)
     clock.loaded()
     prompt_ids = [_encode(engine, row) for row in rows]
 
@@ -357,6 +362,7 @@ def prompt_loop(
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     implementation: _Implementation = "auto",
+    nan_guard: _NanGuard = False,
 ) -> None:
     """Ask for prompts and continue them, one after the other.
 
@@ -365,7 +371,7 @@ def prompt_loop(
     defaults, and a bad one ends the command.
     """
     filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, 1, implementation)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, 1, implementation, nan_guard)
     has_user = _is_terminal(sys.stdin)
     if has_user:
         with contextlib.suppress(ImportError):  # line editing; Python can be built without
@@ -481,6 +487,7 @@ def score(
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
+    nan_guard: _NanGuard = False,
     output_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -493,7 +500,7 @@ def score(
     The first token of a text has none before it and counts for nothing.
     """
     rows = _text_rows(text, file)
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, nan_guard=nan_guard)
     token_ids = [_encode(engine, row, at_least=2) for row in rows]
     is_json = output_format == "jsonl"
     from kogpt_jax.engine import perplexity  # here, so that --help need not import JAX
@@ -566,6 +573,7 @@ def _load(
     mesh: str,
     max_batch_size: int,
     implementation: _Choice = "auto",
+    nan_guard: bool = False,
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too, to name the option
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
@@ -578,6 +586,7 @@ def _load(
         mesh=mesh,
         max_batch_size=max_batch_size,
         implementation=implementation,
+        nan_guard=nan_guard,
         progress=True,
     )
     if engine.tokenizer is None:

@@ -26,6 +26,7 @@ from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cac
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
+from kogpt_jax.nan_guard import NanGuard
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
 from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, pack, power_bucket
 from kogpt_jax.sampling import RowSampling, SamplingParams
@@ -115,6 +116,7 @@ class KoGPT:
         *,
         max_batch_size: int = 64,
         implementation: Choice = "auto",
+        nan_guard: bool = False,
     ):
         """For callers that hold leaves already; others use `from_pretrained`.
 
@@ -126,6 +128,8 @@ class KoGPT:
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
             implementation: what runs a decode step: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
                 faster of those that this machine has. ``ops`` has what was chosen.
+            nan_guard: look at the output of every op, so that the `FloatingPointError` of logits that are not finite
+                names the first layer and op whose output was not. For debugging: it takes time.
         """
         _check_max_batch_size(max_batch_size)
         config = resolve_eos(config, tokenizer)
@@ -136,7 +140,8 @@ class KoGPT:
         self.leaves = tuple(leaves)
         platform, num_shards = mesh.devices.flat[0].platform, mesh.shape["tensor"]
         self.ops = resolve_ops(config, implementation, platform=platform, num_shards=num_shards)
-        self._definition = model.model_def(config, num_shards, self.ops)
+        self._guard = NanGuard() if nan_guard else None
+        self._definition = model.model_def(config, num_shards, self.ops, self._guard)
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
@@ -153,6 +158,7 @@ class KoGPT:
         mesh: str = "d1p1t1",
         max_batch_size: int = 64,
         implementation: Choice = "auto",
+        nan_guard: bool = False,
         progress: bool = False,
     ) -> "KoGPT":
         """Loads a Hugging Face directory, or the shipped model ``"demo"``.
@@ -170,6 +176,7 @@ class KoGPT:
             mesh: "d1p1t1", others are not supported yet.
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
+            nan_guard: name the first op whose output is not finite, as for `KoGPT`.
             progress: show a progress bar while loading, if stderr is a terminal.
 
         Raises:
@@ -197,7 +204,15 @@ class KoGPT:
         resolve_ops(config, implementation, platform=device_mesh.devices.flat[0].platform)
         load_leaves = checkpoint.load_leaves if quant == "none" or not keep_quantized else quantized_cache.load_leaves
         leaves = load_leaves(directory, config, device_mesh, progress=progress)
-        return cls(config, leaves, device_mesh, tokenizer, max_batch_size=max_batch_size, implementation=implementation)
+        return cls(
+            config,
+            leaves,
+            device_mesh,
+            tokenizer,
+            max_batch_size=max_batch_size,
+            implementation=implementation,
+            nan_guard=nan_guard,
+        )
 
     @classmethod
     def from_random(
@@ -208,6 +223,7 @@ class KoGPT:
         mesh: str = "d1p1t1",
         max_batch_size: int = 64,
         implementation: Choice = "auto",
+        nan_guard: bool = False,
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
         extents = sharding.parse_mesh(mesh)
@@ -215,7 +231,14 @@ class KoGPT:
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
         leaves = model.random_leaves(config, device_mesh, seed=seed)
-        return cls(config, leaves, device_mesh, max_batch_size=max_batch_size, implementation=implementation)
+        return cls(
+            config,
+            leaves,
+            device_mesh,
+            max_batch_size=max_batch_size,
+            implementation=implementation,
+            nan_guard=nan_guard,
+        )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Writes a Hugging Face directory that transformers and `from_pretrained` read, tokenizer included.
@@ -315,13 +338,15 @@ class KoGPT:
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
             packed = self._pack_whole([rows[index] for index in group])
+            if self._guard is not None:
+                self._guard.clear()
             logprobs = np.asarray(decoding.score(self.leaves, packed, **self._static))
             tokens_per_shard = len(packed.tokens) // self.mesh.shape["data"]
             rows_per_shard = len(packed.begins) // self.mesh.shape["data"]
             for slot, index in enumerate(group):
                 begin = slot // rows_per_shard * tokens_per_shard + packed.begins[slot]
                 row = logprobs[begin : begin + len(rows[index]) - 1].astype(np.float64)
-                self._check_finite(index, 1, row)
+                self._check_finite(index, slot, 1, row)
                 scores[index] = Score(rows[index], (None, *row.tolist()), perplexity(-row.mean()))
         return [score for score in scores if score is not None]
 
@@ -406,6 +431,8 @@ class KoGPT:
     def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
         num_emitted = [0] * len(requests)
         finished: set[int] = set()
+        if self._guard is not None:
+            self._guard.clear()
         for emitted in self._dispatch(requests):
             tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
             for slot, request in enumerate(requests):
@@ -413,20 +440,26 @@ class KoGPT:
                 if slot in finished or count == 0:
                     continue
                 token_ids = tuple(tokens[slot, :count].tolist())
-                self._check_finite(request.index, len(request.prompt_ids) + num_emitted[slot], logprobs[slot, :count])
+                num_before = len(request.prompt_ids) + num_emitted[slot]
+                self._check_finite(request.index, slot, num_before, logprobs[slot, :count])
                 num_emitted[slot] += count
                 reason = self._finish_reason(request, token_ids[-1], num_emitted[slot])
                 if reason is not None:
                     finished.add(slot)
                 yield _NewTokens(request, token_ids, tuple(logprobs[slot, :count].tolist()), reason)
 
-    def _check_finite(self, index: int, num_before: int, logprobs: Float[np.ndarray, " T"]) -> None:
+    def _check_finite(self, index: int, slot: int, num_before: int, logprobs: Float[np.ndarray, " T"]) -> None:
         is_finite = np.isfinite(logprobs)
-        if not is_finite.all():
-            raise FloatingPointError(
-                f"prompt {index}: the logits are not finite after {num_before + int(np.argmin(is_finite))} tokens "
-                f"(dtype {self.config.dtype}; fp16 can overflow where bf16 and fp32 do not)"
-            )
+        if is_finite.all():
+            return
+        if self._guard is None:
+            first = "nan_guard=True or --nan-guard tells which op is the first"
+        else:
+            first = f"first not finite: {self._guard.first(slot) or 'none of the ops, only the log-probabilities'}"
+        raise FloatingPointError(
+            f"prompt {index}: the logits are not finite after {num_before + int(np.argmin(is_finite))} tokens "
+            f"(dtype {self.config.dtype}; fp16 can overflow where bf16 and fp32 do not); {first}"
+        )
 
     def _finish_reason(self, request: _Request, last_token: int, num_emitted: int) -> FinishReason | None:
         if last_token in self.config.eos_token_ids and not request.params.ignore_eos:

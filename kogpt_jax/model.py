@@ -37,6 +37,7 @@ from custom_ops.pages import Pages
 from custom_ops.prefill_attention import token_rows
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.kv_cache import KVCache, pages_per_row
+from kogpt_jax.nan_guard import Check, NanGuard, no_check, of_layer
 from kogpt_jax.packing import Packed
 from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
 from kogpt_jax.sharding import named_sharding, partition_spec
@@ -84,7 +85,9 @@ class Block(nnx.Module):
         )
         self.b_ffn_out = _param((model_dim,), ("embed",), config)
 
-    def __call__(self, x: Float[Array, "T D"], attend: Attend) -> tuple[Float[Array, "T D"], tuple[Pages, ...]]:
+    def __call__(
+        self, x: Float[Array, "T D"], attend: Attend, check: Check = no_check
+    ) -> tuple[Float[Array, "T D"], tuple[Pages, ...]]:
         """Many tokens, of whatever rows: only ``attend`` knows which belong together."""
         config = self.config
         local_dim = self.num_local_heads * config.head_dim
@@ -100,14 +103,19 @@ class Block(nnx.Module):
                 act_dim=local_dim + self.b_ffn_in.shape[1],
             )
         assert act is not None  # with gelu_from
+        check("w_in", lambda act=act: (qkv, act[:, local_dim:]))
         with jax.named_scope("attention"):
             act, kept = attend(qkv, act)
+        check("attention", lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), self.b_ffn_out[...]
             if self.num_shards == 1:
-                return prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x)[0], kept
-            out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32)
-            return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32), kept
+                x, _ = prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x)
+            else:
+                out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32)
+                x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
+        check("w_out", lambda: (x,))
+        return x, kept
 
     def decode_step(
         self,
@@ -117,6 +125,7 @@ class Block(nnx.Module):
         cache: KVCache,
         num_new: Int[Array, " B"],
         semaphores: Array,
+        check: Check = no_check,
     ) -> tuple[Float[Array, "B D"], tuple[Pages, Pages], Array]:
         """One token a row. Both products' inputs lie in one buffer ``act``: GELU fills the FFN's part of it, attention
         its own.
@@ -137,6 +146,7 @@ class Block(nnx.Module):
                 gelu_from=3 * local_dim,
                 act_dim=local_dim + self.b_ffn_in.shape[1],
             )
+        check("w_in", lambda: (qkv, act[:, local_dim:]))
         with jax.named_scope("attention"):
             act, k_pages, v_pages, semaphores = decode_attention(
                 qkv,
@@ -151,6 +161,7 @@ class Block(nnx.Module):
                 prefetch_cache=True,  # the kernels just ahead are a product's: no page is theirs
                 implementation=ops.decode_attention,
             )
+        check("attention", lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out = _local_weight(self.w_out, self.w_out_scale)
             if self.num_shards == 1:
@@ -158,15 +169,17 @@ class Block(nnx.Module):
             else:
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32)
                 x = x + jax.lax.psum(out, "tensor") + self.b_ffn_out[...].astype(jnp.float32)
+        check("w_out", lambda: (x,))
         return x, (k_pages, v_pages), semaphores
 
 
 class GPTJ(nnx.Module):
     """The whole model. Built only abstractly (`model_def`); its leaves are held apart and merged inside the jit."""
 
-    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig):
+    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig, guard: NanGuard | None = None):
         self.config = config
         self.ops = ops
+        self.guard = guard
         self.embed = Embed(config)
         self.blocks = nnx.List([Block(config, num_shards, ops) for _ in range(config.num_layers)])
         self.ln_f_scale = _param((config.model_dim,), ("embed",), config, mean=1.0)
@@ -189,11 +202,16 @@ class GPTJ(nnx.Module):
             tokens.
         """
         begins, num_new = packed.begins, packed.num_new
-        row_of_token, index, _ = token_rows(begins, num_new, packed.tokens.shape[0])
-        rotary = rotary_tables(cache.lengths[row_of_token] + index, self.config)
+        row_of_token, index, is_token = token_rows(begins, num_new, packed.tokens.shape[0])
+        positions = cache.lengths[row_of_token] + index
+        rotary = rotary_tables(positions, self.config)
         page_table = cache.page_table[:, : pages_per_row(packed.max_len)]
         new_pages: list[tuple[Pages, ...]] = list(zip(cache.k, cache.v, strict=True))
+        check: Check = no_check
+        if self.guard is not None:
+            check = self.guard.by_row("prefill", cache.lengths, row_of_token, positions, is_token)
         x = self.embed(packed.tokens)
+        check("embedding", lambda: (x,))
         for layer, block in enumerate(self.blocks):
             slot = layer % len(new_pages)
 
@@ -213,7 +231,7 @@ class GPTJ(nnx.Module):
                 )
                 return act, (k_pages, v_pages)
 
-            x, new_pages[slot] = block(x, attend)
+            x, new_pages[slot] = block(x, attend, of_layer(check, layer))
         return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(
@@ -231,11 +249,19 @@ class GPTJ(nnx.Module):
             Logits in f32 (those of a finished row mean nothing), the cache, the semaphores.
         """
         rotary = rotary_tables(cache.lengths, self.config)
+        check: Check = no_check
+        if self.guard is not None:
+            rows = jnp.arange(tokens.shape[0])
+            check = self.guard.by_row("decode_step", cache.lengths, rows, cache.lengths, num_new > 0)
         x = self.embed(tokens)
+        check("embedding", lambda: (x,))
         new_pages = []
         for layer, block in enumerate(self.blocks):
-            x, layer_pages, semaphores = block.decode_step(x, rotary, layer, cache, num_new, semaphores)
+            x, layer_pages, semaphores = block.decode_step(
+                x, rotary, layer, cache, num_new, semaphores, of_layer(check, layer)
+            )
             new_pages.append(layer_pages)
+        check("ln_f", lambda: (self._final_norm(x),))
         with jax.named_scope("lm_head"):
             logits, semaphores = decode_linear(
                 x,
@@ -246,14 +272,22 @@ class GPTJ(nnx.Module):
                 bias=self.lm_head_bias[...],
                 out_dtype=jnp.float32,
             )
+        check("lm_head", lambda: (logits,))
         return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in f32 from the residual stream behind the last layer."""
         with jax.named_scope("lm_head"):
-            hidden = layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
+            hidden = self._final_norm(x)
             weight = _local_weight(self.lm_head, self.lm_head_scale)
-            return dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
+            logits = dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
+        check = no_check if self.guard is None else self.guard.behind(x)
+        check("ln_f", lambda: (hidden,))
+        check("lm_head", lambda: (logits,))
+        return logits
+
+    def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
 
 
 def dense(
@@ -457,10 +491,12 @@ class ModelDef:
 
 
 @functools.cache
-def model_def(config: ModelConfig, num_shards: int = 1, ops: OpsConfig = DEFAULT_OPS) -> ModelDef:
+def model_def(
+    config: ModelConfig, num_shards: int = 1, ops: OpsConfig = DEFAULT_OPS, guard: NanGuard | None = None
+) -> ModelDef:
     """The definition of the model for ``num_shards`` tensor shards; one object per argument, so that jit's cache
-    holds. The parameters do not depend on ``ops``."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, num_shards, ops)))
+    holds. The parameters depend on neither ``ops`` nor ``guard``."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, num_shards, ops, guard)))
     leaves, treedef = jax.tree.flatten(state)
     variables = nnx.to_flat_state(state)
     params = []

@@ -25,6 +25,7 @@ ORDER = (
     "sharding",
     "packing",
     "kv_cache",
+    "nan_guard",
     "ops",
     "quantize",
     "model",
