@@ -155,7 +155,7 @@ def all_logits(
 
     def local(leaves: Sequence[Array], tokens: Array) -> Array:
         model = definition.merge(leaves)
-        return model.logits(model.hidden(tokens))
+        return definition.vocabulary.gather(model.logits(model.hidden(tokens)))
 
     return jax.shard_map(
         local, mesh=mesh, in_specs=(definition.leaf_specs(), _ROWS_BY_LEN), out_specs=_ROWS_BY_LEN, check_vma=False
@@ -184,9 +184,7 @@ def score(
 
         def score_block(block: tuple[Array, Array]) -> Array:
             hidden, targets = block
-            logits = model.logits(hidden)
-            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return chosen - jax.nn.logsumexp(logits, axis=-1)
+            return definition.vocabulary.logprobs(model.logits(hidden), targets)
 
         # A real loop: unrolled, XLA keeps the logits of all blocks alive at once.
         scores = jax.lax.map(score_block, (blocks(hidden), blocks(targets)))
@@ -200,7 +198,7 @@ def score(
 def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tuple[DecodeState, Array, Array]:
     """Samples for the running rows and counts them down; the state's cache already holds the token before."""
     is_running = state.num_remaining > 0
-    tokens, logprobs = sample(logits, state.sampling, state.cache.lengths)
+    tokens, logprobs = sample(logits, state.sampling, state.cache.lengths, definition.vocabulary)
     eos_token_ids = jnp.array(definition.config.eos_token_ids, jnp.int32)
     is_eos = jnp.any(tokens[:, None] == eos_token_ids, axis=-1) & ~state.ignore_eos
     num_remaining = jnp.where(is_running & ~is_eos, state.num_remaining - 1, 0)
@@ -215,7 +213,7 @@ def _emitted(tokens: Array, logprobs: Array, state: DecodeState) -> Emitted:
 
 def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
     return DecodeState(
-        cache=cache_specs(definition.config.num_layers),
+        cache=cache_specs(definition.layers_per_stage),
         tokens=_ROWS,
         num_remaining=_ROWS,
         ignore_eos=_ROWS,

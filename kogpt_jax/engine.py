@@ -27,6 +27,7 @@ from kogpt_jax.decoding import NO_TOKEN, Emitted
 from kogpt_jax.errors import InputError
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
 from kogpt_jax.sampling import RowSampling, SamplingParams
+from kogpt_jax.sharding import Split
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -119,7 +120,7 @@ class KoGPT:
 
         Args:
             config: of the model.
-            leaves: parameters in the order of ``model_def(config, mesh.shape["tensor"]).params``.
+            leaves: parameters in the order of ``model_def(config, Split.of(mesh)).params``.
             mesh: from `sharding.make_mesh`.
             tokenizer: None leaves the token-id level only.
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
@@ -133,9 +134,9 @@ class KoGPT:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.leaves = tuple(leaves)
-        platform, num_shards = mesh.devices.flat[0].platform, mesh.shape["tensor"]
-        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=num_shards)
-        self._definition = model.model_def(config, num_shards, self.ops)
+        platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
+        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        self._definition = model.model_def(config, split, self.ops)
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
 
@@ -164,13 +165,15 @@ class KoGPT:
                 products to INT8 too, with a scale a token.
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
             kv_dtype: must be None, the cache has the model's dtype.
-            mesh: "d1p1t1", others are not supported yet.
+            mesh: devices along data (rows), pipe (layers; only 1 is supported yet) and tensor (heads and FFN units),
+                such as "d2p1t4".
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             progress: show a progress bar while loading, if stderr is a terminal.
 
         Raises:
-            InputError: an unsupported argument, or anything wrong with the files; the message names it.
+            InputError: an unsupported argument, a mesh that does not divide the model or needs more devices than there
+                are, or anything wrong with the files; the message names it.
         """
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -179,7 +182,7 @@ class KoGPT:
         check_choice(implementation)
         if kv_dtype is not None:
             raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
-        extents = sharding.parse_mesh(mesh)
+        extents = _parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
@@ -192,8 +195,10 @@ class KoGPT:
                 f"more than vocab_size {config.vocab_size} of the model"
             )
         device_mesh = sharding.make_mesh(*extents)
-        # Before the weights are loaded: whether the implementation can work.
-        resolve_ops(config, implementation, platform=device_mesh.devices.flat[0].platform)
+        # Before the weights are loaded: whether the mesh divides the model, and whether the implementation can work.
+        split = model.model_def(config, Split.of(device_mesh)).split
+        platform = device_mesh.devices.flat[0].platform
+        resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
         load_leaves = checkpoint.load_leaves if quant == "none" or not keep_quantized else quantized_cache.load_leaves
         leaves = load_leaves(directory, config, device_mesh, progress=progress)
         return cls(config, leaves, device_mesh, tokenizer, max_batch_size=max_batch_size, implementation=implementation)
@@ -209,7 +214,7 @@ class KoGPT:
         implementation: Choice = "auto",
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
-        extents = sharding.parse_mesh(mesh)
+        extents = _parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are made
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
@@ -226,7 +231,7 @@ class KoGPT:
             directory,
             self.config,
             self.leaves,
-            num_shards=self.mesh.shape["tensor"],
+            split=Split.of(self.mesh),
             max_shard_bytes=max_shard_bytes,
             tokenizer_files=() if self.tokenizer is None else self.tokenizer.files,
         )
@@ -551,6 +556,13 @@ def resolve_eos(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig
     if is_default and tokenizer is not None and tokenizer.eos_id is not None:
         return dataclasses.replace(config, eos_token_ids=(tokenizer.eos_id,))
     return config
+
+
+def _parse_mesh(name: str) -> tuple[int, int, int]:
+    extents = sharding.parse_mesh(name)
+    if extents[1] > 1:
+        raise InputError(f"mesh {name!r} is not supported yet: only 1 along pipe")
+    return extents
 
 
 def _check_max_batch_size(max_batch_size: int) -> None:

@@ -23,6 +23,7 @@ ORDER = (
     "json_files",
     "config",
     "sharding",
+    "vocabulary",
     "kv_cache",
     "ops",
     "quantize",
