@@ -96,7 +96,7 @@ def prefill(
         last = hidden[jnp.maximum(packed.begins + packed.num_new - 1, 0)]
         return cache, jnp.where(packed.num_new[:, None] > 0, last, last_hidden)
 
-    cache_spec = cache_specs(definition.config)
+    cache_spec = cache_specs(definition.config, definition.layers_per_stage)
     return jax.shard_map(
         local,
         mesh=mesh,
@@ -181,7 +181,7 @@ def all_logits(leaves: Sequence[Array], packed: Packed, *, definition: ModelDef,
 
     def local(leaves: Sequence[Array], packed: Packed) -> Array:
         model = definition.merge(leaves)
-        return model.logits(_read_whole(model, packed))
+        return definition.vocabulary.gather(model.logits(_read_whole(model, packed)))
 
     return jax.shard_map(
         local,
@@ -203,9 +203,7 @@ def score(leaves: Sequence[Array], packed: Packed, *, definition: ModelDef, mesh
 
         def logprobs(block: tuple[Array, Array]) -> Array:
             hidden, targets = block
-            logits = model.logits(hidden)
-            chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-            return chosen - jax.nn.logsumexp(logits, axis=-1)
+            return definition.vocabulary.logprobs(model.logits(hidden), targets)
 
         blocks = (-1, math.gcd(packed.tokens.shape[0], SCORE_BLOCK))
         targets = jnp.roll(packed.tokens, -1).reshape(blocks)
@@ -237,7 +235,7 @@ def _read_whole(model: GPTJ, packed: Packed) -> Float[Array, "T D"]:
 def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tuple[DecodeState, Array, Array]:
     """Samples for the running rows and counts them down; the state's cache already holds the token before."""
     is_running = state.num_remaining > 0
-    tokens, logprobs = sample(logits, state.sampling, state.cache.lengths)
+    tokens, logprobs = sample(logits, state.sampling, state.cache.lengths, definition.vocabulary)
     eos_token_ids = jnp.array(definition.config.eos_token_ids, jnp.int32)
     is_eos = jnp.any(tokens[:, None] == eos_token_ids, axis=-1) & ~state.ignore_eos
     num_remaining = jnp.where(is_running & ~is_eos, state.num_remaining - 1, 0)
@@ -256,7 +254,7 @@ def _packed_specs(packed: Packed) -> Packed:
 
 def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
     return DecodeState(
-        cache=cache_specs(definition.config),
+        cache=cache_specs(definition.config, definition.layers_per_stage),
         tokens=_ROWS,
         num_remaining=_ROWS,
         ignore_eos=_ROWS,

@@ -28,8 +28,9 @@ from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
 from kogpt_jax.nan_guard import NanGuard
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
-from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, pack, power_bucket
+from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, deal, pack, power_bucket
 from kogpt_jax.sampling import RowSampling, SamplingParams
+from kogpt_jax.sharding import Split
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -90,6 +91,10 @@ class _Request:
     max_new_tokens: int  # what params ask for, or less where the context ends before
 
 
+# A row that fills a batch up: it is read, and emits nothing.
+_PADDING = _Request(index=-1, prompt_ids=(0,), params=SamplingParams(), max_new_tokens=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class _NewTokens:
     """What a chunk added to one request."""
@@ -122,7 +127,7 @@ class KoGPT:
 
         Args:
             config: of the model.
-            leaves: parameters in the order of ``model_def(config, mesh.shape["tensor"]).params``.
+            leaves: parameters in the order of ``model_def(config, Split.of(mesh)).params``.
             mesh: from `sharding.make_mesh`.
             tokenizer: None leaves the token-id level only.
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
@@ -138,10 +143,10 @@ class KoGPT:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.leaves = tuple(leaves)
-        platform, num_shards = mesh.devices.flat[0].platform, mesh.shape["tensor"]
-        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=num_shards)
+        platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
+        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
         self._guard = NanGuard() if nan_guard else None
-        self._definition = model.model_def(config, num_shards, self.ops, self._guard)
+        self._definition = model.model_def(config, split, self.ops, self._guard)
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
@@ -173,21 +178,23 @@ class KoGPT:
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
             kv_dtype: "int8" holds the cache of keys and values in INT8 with a scale a token and head; None, or the name
                 of the model's dtype, in that.
-            mesh: "d1p1t1", others are not supported yet.
+            mesh: devices along data (rows), pipe (layers; only 1 is supported yet) and tensor (heads and FFN units),
+                such as "d2p1t4".
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             nan_guard: name the first op whose output is not finite, as for `KoGPT`.
             progress: show a progress bar while loading, if stderr is a terminal.
 
         Raises:
-            InputError: an unsupported argument, or anything wrong with the files; the message names it.
+            InputError: an unsupported argument, a mesh that does not divide the model or needs more devices than there
+                are, or anything wrong with the files; the message names it.
         """
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if quant not in QUANTS:
             raise InputError(f"quant must be one of {', '.join(QUANTS)}, got {quant!r}")
         check_choice(implementation)
-        extents = sharding.parse_mesh(mesh)
+        extents = _parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
@@ -200,8 +207,10 @@ class KoGPT:
                 f"more than vocab_size {config.vocab_size} of the model"
             )
         device_mesh = sharding.make_mesh(*extents)
-        # Before the weights are loaded: whether the implementation can work.
-        resolve_ops(config, implementation, platform=device_mesh.devices.flat[0].platform)
+        # Before the weights are loaded: whether the mesh divides the model, and whether the implementation can work.
+        split = model.model_def(config, Split.of(device_mesh)).split
+        platform = device_mesh.devices.flat[0].platform
+        resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
         load_leaves = checkpoint.load_leaves if quant == "none" or not keep_quantized else quantized_cache.load_leaves
         leaves = load_leaves(directory, config, device_mesh, progress=progress)
         return cls(
@@ -226,7 +235,7 @@ class KoGPT:
         nan_guard: bool = False,
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
-        extents = sharding.parse_mesh(mesh)
+        extents = _parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are made
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
@@ -250,7 +259,7 @@ class KoGPT:
             directory,
             self.config,
             self.leaves,
-            num_shards=self.mesh.shape["tensor"],
+            split=Split.of(self.mesh),
             max_shard_bytes=max_shard_bytes,
             tokenizer_files=() if self.tokenizer is None else self.tokenizer.files,
         )
@@ -315,7 +324,7 @@ class KoGPT:
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
-        packed = self._pack_whole([self._checked_ids(0, token_ids)])
+        packed = self._pack_whole(deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"]))
         logits = decoding.all_logits(self.leaves, packed, **self._static)
         return np.asarray(logits)[: len(token_ids)].copy()  # cut here: on the device each length would be a program
 
@@ -337,17 +346,20 @@ class KoGPT:
                 raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
-            packed = self._pack_whole([rows[index] for index in group])
             if self._guard is not None:
                 self._guard.clear()
+            slots = deal(group, self.mesh.shape["data"])
+            packed = self._pack_whole([None if index is None else rows[index] for index in slots])
             logprobs = np.asarray(decoding.score(self.leaves, packed, **self._static))
             tokens_per_shard = len(packed.tokens) // self.mesh.shape["data"]
             rows_per_shard = len(packed.begins) // self.mesh.shape["data"]
-            for slot, index in enumerate(group):
+            for slot, text in enumerate(slots):
+                if text is None:
+                    continue
                 begin = slot // rows_per_shard * tokens_per_shard + packed.begins[slot]
-                row = logprobs[begin : begin + len(rows[index]) - 1].astype(np.float64)
-                self._check_finite(index, slot, 1, row)
-                scores[index] = Score(rows[index], (None, *row.tolist()), perplexity(-row.mean()))
+                row = logprobs[begin : begin + len(rows[text]) - 1].astype(np.float64)
+                self._check_finite(text, slot, 1, row)
+                scores[text] = Score(rows[text], (None, *row.tolist()), perplexity(-row.mean()))
         return [score for score in scores if score is not None]
 
     def _encode_prompts(self, prompts: str | Sequence[str]) -> list[list[int]]:
@@ -429,15 +441,16 @@ class KoGPT:
         return itertools.chain.from_iterable(map(self._run_batch, groups))
 
     def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
-        num_emitted = [0] * len(requests)
+        slots = deal(requests, self.mesh.shape["data"])
+        num_emitted = [0] * len(slots)
         finished: set[int] = set()
         if self._guard is not None:
             self._guard.clear()
-        for emitted in self._dispatch(requests):
+        for emitted in self._dispatch(slots):
             tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
-            for slot, request in enumerate(requests):
+            for slot, request in enumerate(slots):
                 count = int(np.sum(tokens[slot] != NO_TOKEN))
-                if slot in finished or count == 0:
+                if request is None or slot in finished or count == 0:
                     continue
                 token_ids = tuple(tokens[slot, :count].tolist())
                 num_before = len(request.prompt_ids) + num_emitted[slot]
@@ -466,10 +479,10 @@ class KoGPT:
             return "stop"
         return "length" if num_emitted == request.max_new_tokens else None
 
-    def _dispatch(self, requests: Sequence[_Request]) -> Iterator[Emitted]:
+    def _dispatch(self, slots: Sequence[_Request | None]) -> Iterator[Emitted]:
         """Prefill and chunks of a batch. On a GPU the next chunk is under way before the host looks at the last one."""
-        state, emitted = self._prefill(requests)
-        most = max(request.max_new_tokens for request in requests)
+        state, emitted = self._prefill(slots)
+        most = max(request.max_new_tokens for request in slots if request is not None)
         num_dispatched = 1
         under_way = collections.deque([emitted])
         while True:
@@ -484,33 +497,28 @@ class KoGPT:
             if emitted.all_done:
                 return
 
-    def _prefill(self, requests: Sequence[_Request]) -> tuple[DecodeState, Emitted]:
-        """Reads the prompts of a batch into a new cache and samples their first tokens."""
-        batch = power_bucket(len(requests), self.mesh.shape["data"])
-        num_padding = batch - len(requests)
-        prompts = [request.prompt_ids for request in requests] + [(0,)] * num_padding
-        max_new_tokens = np.array([request.max_new_tokens for request in requests] + [0] * num_padding, np.int32)
-        params = [request.params for request in requests] + [SamplingParams()] * num_padding
-        capacity = self.cache_capacity([(len(request.prompt_ids), request.max_new_tokens) for request in requests])
-        cache = kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
-        last_hidden = jnp.zeros((batch, self.config.model_dim), jnp.float32)
-        for packed in pack(prompts, num_shards=self.mesh.shape["data"]):
+    def _prefill(self, slots: Sequence[_Request | None]) -> tuple[DecodeState, Emitted]:
+        """Reads the prompts of a batch into a new cache and samples their first tokens; None is a row of padding."""
+        rows = [_PADDING if request is None else request for request in slots]
+        capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
+        cache = kv_cache.make_kv_cache(self.config, self.mesh, len(rows), capacity)
+        last_hidden = jnp.zeros((len(rows), self.config.model_dim), jnp.float32)
+        for packed in pack([row.prompt_ids for row in rows], num_shards=self.mesh.shape["data"]):
             cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, packed, **self._static)
         return decoding.start_decode(
             self.leaves,
             cache,
             last_hidden,
-            jnp.asarray(max_new_tokens),
-            jnp.asarray(np.array([row.ignore_eos for row in params])),
-            RowSampling.from_params(params),
+            jnp.asarray(np.array([row.max_new_tokens for row in rows], np.int32)),
+            jnp.asarray(np.array([row.params.ignore_eos for row in rows])),
+            RowSampling.from_params([row.params for row in rows]),
             **self._static,
         )
 
-    def _pack_whole(self, rows: Sequence[Sequence[int]]) -> Packed:
-        """Rows that are read at once and not gone on with."""
-        num_shards = self.mesh.shape["data"]
-        padding = [()] * (power_bucket(len(rows), num_shards) - len(rows))
-        (packed,) = pack([*rows, *padding], num_shards=num_shards, chunk_tokens=sum(len(row) for row in rows))
+    def _pack_whole(self, slots: Sequence[Sequence[int] | None]) -> Packed:
+        """Rows that are read at once and not gone on with; None is a row of padding."""
+        rows = [() if row is None else row for row in slots]
+        (packed,) = pack(rows, num_shards=self.mesh.shape["data"], chunk_tokens=sum(len(row) for row in rows))
         return packed
 
     def _scored_together(self, lens: Sequence[int]) -> Iterator[list[int]]:
@@ -605,6 +613,13 @@ def resolve_eos(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig
     if is_default and tokenizer is not None and tokenizer.eos_id is not None:
         return dataclasses.replace(config, eos_token_ids=(tokenizer.eos_id,))
     return config
+
+
+def _parse_mesh(name: str) -> tuple[int, int, int]:
+    extents = sharding.parse_mesh(name)
+    if extents[1] > 1:
+        raise InputError(f"mesh {name!r} is not supported yet: only 1 along pipe")
+    return extents
 
 
 def _check_max_batch_size(max_batch_size: int) -> None:

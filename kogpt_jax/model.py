@@ -6,12 +6,16 @@ queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's an
 computed for padding; only `custom_ops.prefill_attention` looks at rows. A decode step calls `custom_ops`, whose kernels
 do a layer in three calls.
 
+Global leaves have a leading axis of pipeline stages (`sharding.Split`) and one of tensor shards; of both a device
+holds one, and `_local` drops them.
+
 The numeric oracle is Hugging Face's ``GPTJForCausalLM`` in f32. Products run in the model's dtype and accumulate in
 f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatever the dtype.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,16 +40,21 @@ from custom_ops import (
 from custom_ops.pages import Pages
 from custom_ops.prefill_attention import token_rows
 from kogpt_jax.config import ModelConfig, OpsConfig
+from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import KVCache, pages_per_row
 from kogpt_jax.nan_guard import Check, NanGuard, no_check, of_layer
 from kogpt_jax.packing import Packed
 from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
-from kogpt_jax.sharding import named_sharding, partition_spec
+from kogpt_jax.sharding import Split, named_sharding, partition_spec
+from kogpt_jax.vocabulary import Vocabulary
 
 DEFAULT_OPS = OpsConfig()
+ONE_DEVICE = Split()
 
 # Values of an INT8 matrix that are converted at a time, for a product with whole sequences.
 TILE_SIZE = 1 << 24
+
+NO_LAYER = -1  # stands for the layer of a block that is left over
 
 # From what ``w_in`` made of a layer's tokens, [T, 3 N H] and [T, K], to the second with attention's part filled in, and
 # what the phase keeps of the layer: its updated pages, or nothing.
@@ -55,35 +64,48 @@ Attend = Callable[[Array, Array], tuple[Array, tuple[Pages, ...]]]
 class Embed(nnx.Module):
     """Token embedding. GPT-J has no position embedding: rotary does that in attention."""
 
-    def __init__(self, config: ModelConfig):
-        self.embedding = _param((config.vocab_size, config.model_dim), ("vocab", "embed"), config)
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.embedding = _param((vocabulary.padded_size, config.model_dim), ("vocab", "embed"), config)
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return self.embedding[...][tokens].astype(jnp.float32)
+        with jax.named_scope("embedding"):
+            return self.vocabulary.lookup(self.embedding[...], tokens).astype(jnp.float32)
 
 
 class Block(nnx.Module):
     """One layer: LayerNorm -> ``w_in`` -> attention beside GELU -> ``w_out`` -> psum -> residual."""
 
-    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig):
+    def __init__(self, config: ModelConfig, split: Split, ops: OpsConfig):
         model_dim, ffn_dim = config.model_dim, config.ffn_dim
-        local_dim, local_ffn = model_dim // num_shards, ffn_dim // num_shards
+        stages, shards = split
+        local_dim, local_ffn = model_dim // shards, ffn_dim // shards
         self.config = config
         self.ops = ops
-        self.num_shards = num_shards
-        self.num_local_heads = config.num_heads // num_shards
-        self.ln_scale = _param((model_dim,), ("embed",), config, mean=1.0)
-        self.ln_bias = _param((model_dim,), ("embed",), config)
+        self.num_shards = shards
+        self.num_local_heads = config.num_heads // shards
+        self.ln_scale = _param((stages, model_dim), ("stage", "embed"), config, mean=1.0)
+        self.ln_bias = _param((stages, model_dim), ("stage", "embed"), config)
         # Output-major: the K values of each output lie together, which decode kernels and INT8 tensor cores want.
         self.w_in, self.w_in_scale = _matrix(
-            (num_shards, 3 * local_dim + local_ffn, model_dim), ("tensor_shard", "fused", "embed"), config, k_axes=(2,)
+            (stages, shards, 3 * local_dim + local_ffn, model_dim),
+            ("stage", "tensor_shard", "fused", "embed"),
+            config,
+            k_axes=(3,),
+            parts=(local_dim, local_dim, local_dim, local_ffn),
         )
-        self.b_ffn_in = _param((num_shards, local_ffn), ("tensor_shard", "fused"), config)
+        self.b_ffn_in = _param(
+            (stages, shards, local_ffn), ("stage", "tensor_shard", "fused"), config, parts=(local_ffn,)
+        )
         # K is attention's and the FFN's part of every shard: an output has one scale over all of them.
         self.w_out, self.w_out_scale = _matrix(
-            (num_shards, model_dim, local_dim + local_ffn), ("tensor_shard", "embed", "fused"), config, k_axes=(0, 2)
+            (stages, shards, model_dim, local_dim + local_ffn),
+            ("stage", "tensor_shard", "embed", "fused"),
+            config,
+            k_axes=(1, 3),
+            parts=(local_dim, local_ffn),
         )
-        self.b_ffn_out = _param((model_dim,), ("embed",), config)
+        self.b_ffn_out = _param((stages, model_dim), ("stage", "embed"), config)
 
     def __call__(
         self, x: Float[Array, "T D"], attend: Attend, check: Check = no_check
@@ -97,18 +119,19 @@ class Block(nnx.Module):
                 _local_weight(self.w_in, self.w_in_scale),
                 config,
                 self.ops,
-                layer_norm=(self.ln_scale[...], self.ln_bias[...], config.layer_norm_epsilon),
-                bias=self.b_ffn_in[0],
+                layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), config.layer_norm_epsilon),
+                bias=_local(self.b_ffn_in, 1),
                 gelu_from=3 * local_dim,
-                act_dim=local_dim + self.b_ffn_in.shape[1],
+                act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
         assert act is not None  # with gelu_from
-        check("w_in", lambda act=act: (qkv, act[:, local_dim:]))
+        ffn = act
+        check("w_in", lambda: (qkv, ffn[:, local_dim:]))
         with jax.named_scope("attention"):
             act, kept = attend(qkv, act)
         check("attention", lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
-            w_out, bias = _local_weight(self.w_out, self.w_out_scale), self.b_ffn_out[...]
+            w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             if self.num_shards == 1:
                 x, _ = prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x)
             else:
@@ -141,10 +164,10 @@ class Block(nnx.Module):
                 _local_weight(self.w_in, self.w_in_scale),
                 ops,
                 semaphores,
-                layer_norm=(self.ln_scale[...], self.ln_bias[...], config.layer_norm_epsilon),
-                bias=self.b_ffn_in[0],
+                layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), config.layer_norm_epsilon),
+                bias=_local(self.b_ffn_in, 1),
                 gelu_from=3 * local_dim,
-                act_dim=local_dim + self.b_ffn_in.shape[1],
+                act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
         check("w_in", lambda: (qkv, act[:, local_dim:]))
         with jax.named_scope("attention"):
@@ -163,31 +186,33 @@ class Block(nnx.Module):
             )
         check("attention", lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
-            w_out = _local_weight(self.w_out, self.w_out_scale)
+            w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             if self.num_shards == 1:
-                x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=self.b_ffn_out[...], residual=x)
+                x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x)
             else:
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32)
-                x = x + jax.lax.psum(out, "tensor") + self.b_ffn_out[...].astype(jnp.float32)
+                x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
         check("w_out", lambda: (x,))
         return x, (k_pages, v_pages), semaphores
 
 
 class GPTJ(nnx.Module):
-    """The whole model. Built only abstractly (`model_def`); its leaves are held apart and merged inside the jit."""
+    """The whole model, or a stage of it: ``blocks`` are those of this device's stage. Built only abstractly
+    (`model_def`); its leaves are held apart and merged inside the jit."""
 
-    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig, guard: NanGuard | None = None):
+    def __init__(self, config: ModelConfig, split: Split, ops: OpsConfig, guard: NanGuard | None = None):
         self.config = config
         self.ops = ops
         self.guard = guard
-        self.embed = Embed(config)
-        self.blocks = nnx.List([Block(config, num_shards, ops) for _ in range(config.num_layers)])
+        self.vocabulary = Vocabulary(config.vocab_size, math.prod(split))
+        self.embed = Embed(config, self.vocabulary)
+        self.blocks = nnx.List([Block(config, split, ops) for _ in range(split.layers_per_stage(config.num_layers))])
         self.ln_f_scale = _param((config.model_dim,), ("embed",), config, mean=1.0)
         self.ln_f_bias = _param((config.model_dim,), ("embed",), config)
         self.lm_head, self.lm_head_scale = _matrix(
-            (config.vocab_size, config.model_dim), ("vocab", "embed"), config, k_axes=(1,)
+            (self.vocabulary.padded_size, config.model_dim), ("vocab", "embed"), config, k_axes=(1,)
         )
-        self.lm_head_bias = _param((config.vocab_size,), ("vocab",), config)
+        self.lm_head_bias = _param((self.vocabulary.padded_size,), ("vocab",), config)
 
     def prefill(self, packed: Packed, cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
         """Reads new tokens of each row, which see those of the row in the cache and one another, causally.
@@ -236,7 +261,7 @@ class GPTJ(nnx.Module):
 
     def decode_step(
         self, tokens: Int[Array, " B"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
-    ) -> tuple[Float[Array, "B V"], KVCache, Array]:
+    ) -> tuple[Float[Array, "B local_V"], KVCache, Array]:
         """Appends one token a row and attends to all of the row.
 
         Args:
@@ -246,7 +271,7 @@ class GPTJ(nnx.Module):
             semaphores: from ``custom_ops.make_semaphores``.
 
         Returns:
-            Logits in f32 (those of a finished row mean nothing), the cache, the semaphores.
+            Logits in f32 of this device's tokens (those of a finished row mean nothing), the cache, the semaphores.
         """
         rotary = rotary_tables(cache.lengths, self.config)
         check: Check = no_check
@@ -272,19 +297,20 @@ class GPTJ(nnx.Module):
                 bias=self.lm_head_bias[...],
                 out_dtype=jnp.float32,
             )
-        check("lm_head", lambda: (logits,))
+            check("lm_head", lambda: (logits,))
+            logits = self.vocabulary.without_padding(logits)
         return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
-    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits in f32 from the residual stream behind the last layer."""
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B local_V"]:
+        """Logits in f32 from the residual stream behind the last layer, of this device's shard of the vocabulary."""
         with jax.named_scope("lm_head"):
             hidden = self._final_norm(x)
             weight = _local_weight(self.lm_head, self.lm_head_scale)
             logits = dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
-        check = no_check if self.guard is None else self.guard.behind(x)
-        check("ln_f", lambda: (hidden,))
-        check("lm_head", lambda: (logits,))
-        return logits
+            check = no_check if self.guard is None else self.guard.behind(x)
+            check("ln_f", lambda: (hidden,))
+            check("lm_head", lambda: (logits,))
+            return self.vocabulary.without_padding(logits)
 
     def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
@@ -433,42 +459,63 @@ def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Pages, ...]], lengths:
 
 
 def _param(
-    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, mean: float = 0.0
+    shape: tuple[int, ...],
+    logical_axes: tuple[str, ...],
+    config: ModelConfig,
+    *,
+    mean: float = 0.0,
+    parts: tuple[int, ...] = (),
 ) -> nnx.Param:
     """A parameter's one declaration; `model_def` reads it back as a `ParamSpec`."""
-    return nnx.Param(jnp.zeros(shape, config.jax_dtype), logical_axes=logical_axes, init_mean=mean)
+    return _declared(shape, config.jax_dtype, logical_axes, mean, parts)
 
 
 def _matrix(
-    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, k_axes: tuple[int, ...]
+    shape: tuple[int, ...],
+    logical_axes: tuple[str, ...],
+    config: ModelConfig,
+    *,
+    k_axes: tuple[int, ...],
+    parts: tuple[int, ...] = (),
 ) -> tuple[nnx.Param, nnx.Param | None]:
     """A weight matrix and, where it is quantised, its scales: the same rank with 1 along K."""
     if config.quant == "none":
-        return _param(shape, logical_axes, config), None
+        return _param(shape, logical_axes, config, parts=parts), None
     scale_shape = tuple(1 if axis in k_axes else extent for axis, extent in enumerate(shape))
     scale_axes = tuple(None if axis in k_axes else name for axis, name in enumerate(logical_axes))
     return (
-        nnx.Param(jnp.zeros(shape, jnp.int8), logical_axes=logical_axes, init_mean=0.0),
-        nnx.Param(jnp.zeros(scale_shape, jnp.float32), logical_axes=scale_axes, init_mean=0.0),
+        _declared(shape, jnp.int8, logical_axes, 0.0, parts),
+        _declared(scale_shape, jnp.float32, scale_axes, 0.0, ()),
     )
 
 
+def _declared(
+    shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...], mean: float, parts: tuple[int, ...]
+) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=logical_axes, init_mean=mean, parts=parts)
+
+
+def _local(param: nnx.Param, ndim: int) -> Array:
+    """A parameter as a device computes with it: without the axes of stages and of tensor shards, 1 each there."""
+    return param[...].reshape(param.shape[-ndim:])
+
+
 def _local_weight(weight: nnx.Param, scale: nnx.Param | None) -> Array | QuantizedArray:
-    """A matrix as a device multiplies by it: its own shard, without the shard axis."""
-    values = weight[...].reshape(weight.shape[-2:])
-    return values if scale is None else QuantizedArray(values, scale[...].reshape(scale.shape[-2:]))
+    """A matrix as a device multiplies by it."""
+    return _local(weight, 2) if scale is None else QuantizedArray(_local(weight, 2), _local(scale, 2))
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What a parameter is: its path in the module, global shape, dtype, logical axes and the mean it is drawn
-    around."""
+    """What a parameter is: its path in the module, global shape, dtype, logical axes, the mean it is drawn around, and
+    the extents that lie behind one another on its "fused" axis, of one tensor shard."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     logical_axes: tuple[str | None, ...]
     init_mean: float
+    parts: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -476,10 +523,20 @@ class ModelDef:
     """The model without its leaves: split once, hashable, and a static argument of the jitted phases."""
 
     config: ModelConfig
-    num_shards: int
+    split: Split
     params: tuple[ParamSpec, ...]  # in the order of the leaves
     _graphdef: nnx.GraphDef[GPTJ]
     _treedef: jax.tree_util.PyTreeDef
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Blocks of a stage, and arrays of a cache."""
+        return self.split.layers_per_stage(self.config.num_layers)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """How the tokens lie over the mesh."""
+        return Vocabulary(self.config.vocab_size, math.prod(self.split))
 
     def merge(self, leaves: Sequence[Array]) -> GPTJ:
         """The module over these leaves (global outside, local inside `jax.shard_map`), in the order of ``params``."""
@@ -492,31 +549,50 @@ class ModelDef:
 
 @functools.cache
 def model_def(
-    config: ModelConfig, num_shards: int = 1, ops: OpsConfig = DEFAULT_OPS, guard: NanGuard | None = None
+    config: ModelConfig, split: Split = ONE_DEVICE, ops: OpsConfig = DEFAULT_OPS, guard: NanGuard | None = None
 ) -> ModelDef:
-    """The definition of the model for ``num_shards`` tensor shards; one object per argument, so that jit's cache
-    holds. The parameters depend on neither ``ops`` nor ``guard``."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, num_shards, ops, guard)))
+    """The definition of a model that is cut this way; one object per argument, so that jit's cache holds. The
+    parameters depend on neither ``ops`` nor ``guard``.
+
+    Raises:
+        InputError: heads or FFN units that the tensor shards cannot share evenly.
+    """
+    for name in ("num_heads", "ffn_dim"):
+        extent = getattr(config, name)
+        if extent % split.num_shards:
+            raise InputError(f"{name} {extent} is not a multiple of the {split.num_shards} tensor shards")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, split, ops, guard)))
     leaves, treedef = jax.tree.flatten(state)
     variables = nnx.to_flat_state(state)
     params = []
     for leaf, (path, variable) in zip(leaves, variables, strict=True):
-        metadata = variable.get_metadata()
         name = ".".join(str(part) for part in path).removeprefix("embed.")
-        params.append(ParamSpec(name, leaf.shape, leaf.dtype, metadata["logical_axes"], metadata["init_mean"]))
-    return ModelDef(config, num_shards, tuple(params), graphdef, treedef)
+        metadata = {key: variable.get_metadata()[key] for key in ("logical_axes", "init_mean", "parts")}
+        params.append(ParamSpec(name, leaf.shape, leaf.dtype, **metadata))
+    return ModelDef(config, split, tuple(params), graphdef, treedef)
 
 
 def random_leaves(config: ModelConfig, mesh: Mesh, *, seed: int = 0, std: float = 0.02) -> list[jax.Array]:
     """Random leaves made on the devices: normal with ``std`` (GPT-J's ``initializer_range``) around 1 for LayerNorm's
-    scales and 0 for the rest, so that no bias is zero in a test. Quantised ones are made of those of the same seed."""
-    key = jax.random.key(seed)
-    num_shards = mesh.shape["tensor"]
-    specs = {spec.path: spec for spec in model_def(config, num_shards).params}
+    scales and 0 for the rest, so that no bias is zero in a test. Quantised ones are made of those of the same seed.
+
+    The same model on any mesh: a value depends on its parameter, layer and place in the unsplit one. Each device draws
+    its own, none holds a whole leaf that is split.
+    """
+    key = jax.random.key(seed, impl="threefry2x32")
+    unquantized = dataclasses.replace(config, quant="none")
+    split = Split.of(mesh)
+    specs = {spec.path: spec for spec in model_def(config, split).params}
+    order = {param.path: index for index, param in enumerate(model_def(unquantized).params)}
     leaves: dict[str, Array] = {}
-    for index, param in enumerate(model_def(dataclasses.replace(config, quant="none"), num_shards).params):
-        sharding = named_sharding(mesh, param.logical_axes)
-        leaf = _normal(param.shape, param.dtype, param.init_mean, std, sharding)(jax.random.fold_in(key, index))
+    for param in model_def(unquantized, split).params:
+        indices = [order[param.path]]
+        if "stage" in param.logical_axes:
+            _, block, name = param.path.split(".")
+            layers = split.layers_of_block(int(block), config.num_layers)
+            indices = [order.get(f"blocks.{layer}.{name}", NO_LAYER) for layer in layers]
+        draw = _normal(dataclasses.replace(param, path=""), config.vocab_size, std, mesh)
+        leaf = draw(key, jnp.asarray(np.array(indices, np.int32)))
         leaves |= quantized_as(specs, param.path, leaf, mesh)
     return [leaves[path] for path in specs]
 
@@ -532,10 +608,32 @@ def quantized_as(specs: Mapping[str, ParamSpec], path: str, leaf: Array, mesh: M
 
 
 @functools.cache
-def _normal(
-    shape: tuple[int, ...], dtype: np.dtype, mean: float, std: float, sharding: jax.sharding.NamedSharding
-) -> Callable[[Array], Array]:
-    def draw(key: Array) -> Array:
-        return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+def _normal(param: ParamSpec, vocab_size: int, std: float, mesh: Mesh) -> Callable[[Array, Array], Array]:
+    """From a key and the parameter's number on each stage, `NO_LAYER` for none, to a leaf: jitted, once for all leaves
+    of one kind."""
+    axes = param.logical_axes
 
-    return jax.jit(draw, out_shardings=sharding)
+    def draw(key: Array, index: Array) -> Array:
+        key = jax.random.fold_in(key, index)
+        if "tensor_shard" in axes:
+            # Part by part as in the unsplit weight, whose rows or columns the shards then share.
+            num_shards, shape = param.shape[1], param.shape[2:]
+            fused = axes.index("fused") - 2
+            parts = []
+            for number, extent in enumerate(param.parts):
+                whole = (*shape[:fused], num_shards, extent, *shape[fused + 1 :])
+                part = jax.random.normal(jax.random.fold_in(key, number), whole, jnp.float32)
+                parts.append(jnp.moveaxis(part, fused, 0))
+            values = jnp.concatenate(parts, axis=1 + fused)
+        else:
+            values = jax.random.normal(key, param.shape["stage" in axes :], jnp.float32)
+        values = param.init_mean + std * values
+        if "vocab" in axes:
+            is_token = jnp.arange(param.shape[0]) < vocab_size
+            values = jnp.where(is_token.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+        return jnp.where(index == NO_LAYER, 0, values).astype(param.dtype)
+
+    def draw_stages(key: Array, indices: Array) -> Array:
+        return jax.vmap(draw, (None, 0))(key, indices) if "stage" in axes else draw(key, indices[0])
+
+    return jax.jit(draw_stages, out_shardings=named_sharding(mesh, axes))

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, no_type_check
+from typing import Any, TypeVar, no_type_check
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from jaxtyping import Array, Int
 
 CHUNK_TOKENS = 8192  # a data shard's at a time: enough to keep a GPU's tensor cores busy, and little memory
 _SMALLEST_BUCKET = 16
+
+_Row = TypeVar("_Row")
 
 
 @functools.partial(
@@ -73,6 +75,16 @@ def pack(rows: Sequence[Sequence[int]], *, num_shards: int = 1, chunk_tokens: in
         arrays = {name: array.reshape(-1).astype(np.int32) for name, array in arrays.items()}
         chunks.append(Packed(**arrays, max_len=bucket(longest)))
     return chunks
+
+
+def deal(rows: Sequence[_Row], num_shards: int) -> list[_Row | None]:
+    """Rows in the order of their shards, dealt out one by one, so that like neighbours are shared evenly; with None as
+    padding to a power of two a shard.
+
+        a b c, 2 shards  ->  a c | b None
+    """
+    dealt = [*rows, *[None] * (power_bucket(len(rows), num_shards) - len(rows))]
+    return [row for shard in range(num_shards) for row in dealt[shard::num_shards]]
 
 
 def bucket(size: int) -> int:

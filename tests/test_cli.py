@@ -359,7 +359,7 @@ def test_int8_weights(checkpoint):
         (["--implementation", "cudnn"], ["--implementation", "cudnn", "reference"]),
         (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "int8"]),
         (["--dtype", "fp32", "--kv-dtype", "bf16"], ["kv_dtype", "bf16", "fp32", "int8"]),
-        (["--mesh", "d1p1t2"], ["mesh", "d1p1t2"]),
+        (["--mesh", "d1p2t1"], ["mesh", "d1p2t1"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
         (["--max-batch-size", "0"], ["--max-batch-size", "0"]),
         (["--input-format", "jsonl"], ["--input-format", "jsonl", "--prompt"]),

@@ -301,7 +301,8 @@ def test_on_a_gpu_the_next_chunk_is_under_way_before_the_host_looks(engine, unen
 
 def test_finished_and_padding_rows_emit_nothing(engine):
     """What the host sees of them is ``NO_TOKEN`` and 0, and their state stays."""
-    emitted = list(engine._dispatch(engine._requests(PROMPTS, [greedy(length) for length in (1, 2, 3, 9, 10, 17, 17)])))
+    requests = engine._requests(PROMPTS, [greedy(length) for length in (1, 2, 3, 9, 10, 17, 17)])
+    emitted = list(engine._dispatch([*requests, None]))
     tokens = np.concatenate([np.asarray(chunk.tokens) for chunk in emitted], axis=1)
     logprobs = np.concatenate([np.asarray(chunk.logprobs) for chunk in emitted], axis=1)
     assert [bool(chunk.all_done) for chunk in emitted] == [False, False, True]

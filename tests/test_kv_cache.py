@@ -128,7 +128,7 @@ def test_a_new_int8_cache_has_a_scale_a_token_and_head():
 def test_specs_have_the_structure_of_a_cache(kv_dtype):
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
     cache = kv_cache.make_kv_cache(config, make_mesh(), 2, 64)
-    specs = kv_cache.cache_specs(config)
+    specs = kv_cache.cache_specs(config, CONFIG.num_layers)
     spec_leaves, structure = jax.tree.flatten(specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
     array_leaves, cache_structure = jax.tree.flatten(cache)
     assert (structure,) == (cache_structure,)

@@ -107,7 +107,7 @@ def test_kernels_that_do_not_fit_the_model_are_refused_by_name(config, named):
 def lowered(batch: int, chosen: OpsConfig) -> str:
     """The decode loop before XLA has it: no library is needed for that."""
     config, mesh = KERNEL_CONFIG, make_mesh()
-    definition = model_def(config, 1, chosen)
+    definition = model_def(config, ops=chosen)
     leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
     cache = kv_cache.make_kv_cache(config, mesh, batch, 64)
     rows = RowSampling.from_params([SamplingParams(seed=0)] * batch)
@@ -157,7 +157,7 @@ def test_prefill_through_its_op_is_the_same(monkeypatch):
 
     def prefill(chosen: OpsConfig):
         cache = kv_cache.make_kv_cache(config, mesh, batch, 192)
-        static = {"definition": model_def(config, 1, chosen), "mesh": mesh}
+        static = {"definition": model_def(config, ops=chosen), "mesh": mesh}
         return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), packed, **static)
 
     expected_cache, expected = prefill(REFERENCE)

@@ -24,6 +24,7 @@ ORDER = (
     "config",
     "sharding",
     "packing",
+    "vocabulary",
     "kv_cache",
     "nan_guard",
     "ops",
