@@ -297,7 +297,7 @@ class GPTJ(nnx.Module):
                 bias=self.lm_head_bias[...],
                 out_dtype=jnp.float32,
             )
-            check("lm_head", lambda: (logits,))
+            check("lm_head", lambda: (jnp.maximum(logits, 0),))  # -inf bans a token
             logits = self.vocabulary.without_padding(logits)
         return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
@@ -309,7 +309,7 @@ class GPTJ(nnx.Module):
             logits = dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
             check = no_check if self.guard is None else self.guard.behind(x)
             check("ln_f", lambda: (hidden,))
-            check("lm_head", lambda: (logits,))
+            check("lm_head", lambda: (jnp.maximum(logits, 0),))  # -inf bans a token
             return self.vocabulary.without_padding(logits)
 
     def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -446,7 +446,9 @@ def test_logits_that_are_not_finite(checkpoint, tmp_path, command):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     for name in ("config.json", "tokenizer.model"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), "not finite", "fp16", code=1)
+    _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), "not finite", "fp16", "--nan-guard", code=1)
+    guarded = _invoke(command, "--model", tmp_path, "--nan-guard", stdin="나는\n")
+    _assert_refused(guarded, "not finite", "w_in of layer 0, in prefill at position", code=1)
 
 
 def test_engine_errors_say_what_prompts_are_counted_from(checkpoint, monkeypatch):
