@@ -42,7 +42,7 @@ from custom_ops.prefill_attention import token_rows
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import KVCache, pages_per_row
-from kogpt_jax.nan_guard import Check, NanGuard, no_check, of_layer
+from kogpt_jax.nan_guard import Check, NanGuard, no_check
 from kogpt_jax.packing import Packed
 from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
 from kogpt_jax.sharding import Split, named_sharding, partition_spec
@@ -108,9 +108,9 @@ class Block(nnx.Module):
         self.b_ffn_out = _param((stages, model_dim), ("stage", "embed"), config)
 
     def __call__(
-        self, x: Float[Array, "T D"], attend: Attend, check: Check = no_check
+        self, x: Float[Array, "T D"], attend: Attend, layer: int = 0, check: Check = no_check
     ) -> tuple[Float[Array, "T D"], tuple[Pages, ...]]:
-        """Many tokens, of whatever rows: only ``attend`` knows which belong together."""
+        """Many tokens, of whatever rows: only ``attend`` knows which belong together. ``layer`` is for ``check``."""
         config = self.config
         local_dim = self.num_local_heads * config.head_dim
         with jax.named_scope("w_in"):
@@ -126,10 +126,10 @@ class Block(nnx.Module):
             )
         assert act is not None  # with gelu_from
         ffn = act
-        check("w_in", lambda: (qkv, ffn[:, local_dim:]))
+        check("w_in", layer, lambda: (qkv, ffn[:, local_dim:]))
         with jax.named_scope("attention"):
             act, kept = attend(qkv, act)
-        check("attention", lambda: (act[:, :local_dim],))
+        check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             if self.num_shards == 1:
@@ -137,7 +137,7 @@ class Block(nnx.Module):
             else:
                 out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32)
                 x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
-        check("w_out", lambda: (x,))
+        check("w_out", layer, lambda: (x,))
         return x, kept
 
     def decode_step(
@@ -148,7 +148,7 @@ class Block(nnx.Module):
         cache: KVCache,
         num_new: Int[Array, " B"],
         semaphores: Array,
-        check: Check = no_check,
+        check: Check,
     ) -> tuple[Float[Array, "B D"], tuple[Pages, Pages], Array]:
         """One token a row. Both products' inputs lie in one buffer ``act``: GELU fills the FFN's part of it, attention
         its own.
@@ -169,7 +169,7 @@ class Block(nnx.Module):
                 gelu_from=3 * local_dim,
                 act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
-        check("w_in", lambda: (qkv, act[:, local_dim:]))
+        check("w_in", layer, lambda: (qkv, act[:, local_dim:]))
         with jax.named_scope("attention"):
             act, k_pages, v_pages, semaphores = decode_attention(
                 qkv,
@@ -184,7 +184,7 @@ class Block(nnx.Module):
                 prefetch_cache=True,  # the kernels just ahead are a product's: no page is theirs
                 implementation=ops.decode_attention,
             )
-        check("attention", lambda: (act[:, :local_dim],))
+        check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             if self.num_shards == 1:
@@ -192,7 +192,7 @@ class Block(nnx.Module):
             else:
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32)
                 x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
-        check("w_out", lambda: (x,))
+        check("w_out", layer, lambda: (x,))
         return x, (k_pages, v_pages), semaphores
 
 
@@ -214,17 +214,18 @@ class GPTJ(nnx.Module):
         )
         self.lm_head_bias = _param((self.vocabulary.padded_size,), ("vocab",), config)
 
-    def prefill(self, packed: Packed, cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
+    def prefill(self, x: Float[Array, "T D"], packed: Packed, cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
         """Reads new tokens of each row, which see those of the row in the cache and one another, causally.
 
         Args:
-            packed: one data shard's.
+            x: the residual stream before the first of these layers: the tokens' embedding, if there is one stage.
+            packed: one data shard's tokens.
             cache: the tokens before. With pages of one layer only, all layers use these in turn: for rows that begin
                 here and are not gone on with.
 
         Returns:
-            The residual stream behind the last layer, which means nothing for tokens of no row; the cache with the
-            tokens.
+            The residual stream behind the last of the layers, which means nothing for tokens of no row; the cache with
+            the tokens.
         """
         begins, num_new = packed.begins, packed.num_new
         row_of_token, index, is_token = token_rows(begins, num_new, packed.tokens.shape[0])
@@ -234,9 +235,7 @@ class GPTJ(nnx.Module):
         new_pages: list[tuple[Pages, ...]] = list(zip(cache.k, cache.v, strict=True))
         check: Check = no_check
         if self.guard is not None:
-            check = self.guard.by_row("prefill", cache.lengths, row_of_token, positions, is_token)
-        x = self.embed(packed.tokens)
-        check("embedding", lambda: (x,))
+            check = self.guard.for_rows("prefill", x, cache.lengths, row_of_token, positions, is_token)
         for layer, block in enumerate(self.blocks):
             slot = layer % len(new_pages)
 
@@ -256,37 +255,37 @@ class GPTJ(nnx.Module):
                 )
                 return act, (k_pages, v_pages)
 
-            x, new_pages[slot] = block(x, attend, of_layer(check, layer))
+            x, new_pages[slot] = block(x, attend, layer, check)
         return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(
-        self, tokens: Int[Array, " B"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
-    ) -> tuple[Float[Array, "B local_V"], KVCache, Array]:
+        self, x: Float[Array, "B D"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
+    ) -> tuple[Float[Array, "B D"], KVCache, Array]:
         """Appends one token a row and attends to all of the row.
 
         Args:
-            tokens: the token that follows the cached ones.
+            x: the residual stream before the first of these layers, of the tokens that follow the cached ones.
             num_new: 1 for a running row; 0 for a finished one, whose cache and length stay as they are.
             cache: the tokens before.
             semaphores: from ``custom_ops.make_semaphores``.
 
         Returns:
-            Logits in f32 of this device's tokens (those of a finished row mean nothing), the cache, the semaphores.
+            The residual stream behind the last of the layers (that of a finished row means nothing), the cache, the
+            semaphores.
         """
         rotary = rotary_tables(cache.lengths, self.config)
         check: Check = no_check
         if self.guard is not None:
-            rows = jnp.arange(tokens.shape[0])
-            check = self.guard.by_row("decode_step", cache.lengths, rows, cache.lengths, num_new > 0)
-        x = self.embed(tokens)
-        check("embedding", lambda: (x,))
+            rows = jnp.arange(x.shape[0])
+            check = self.guard.for_rows("decode_step", x, cache.lengths, rows, cache.lengths, num_new > 0)
         new_pages = []
         for layer, block in enumerate(self.blocks):
-            x, layer_pages, semaphores = block.decode_step(
-                x, rotary, layer, cache, num_new, semaphores, of_layer(check, layer)
-            )
+            x, layer_pages, semaphores = block.decode_step(x, rotary, layer, cache, num_new, semaphores, check)
             new_pages.append(layer_pages)
-        check("ln_f", lambda: (self._final_norm(x),))
+        return x, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
+
+    def next_logits(self, x: Float[Array, "B D"], semaphores: Array) -> tuple[Float[Array, "B local_V"], Array]:
+        """`logits` of a decode step, by its kernels: (logits, semaphores)."""
         with jax.named_scope("lm_head"):
             logits, semaphores = decode_linear(
                 x,
@@ -297,9 +296,7 @@ class GPTJ(nnx.Module):
                 bias=self.lm_head_bias[...],
                 out_dtype=jnp.float32,
             )
-            check("lm_head", lambda: (jnp.maximum(logits, 0),))  # -inf bans a token
-            logits = self.vocabulary.without_padding(logits)
-        return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
+            return self._checked_logits(x, logits), semaphores
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B local_V"]:
         """Logits in f32 from the residual stream behind the last layer, of this device's shard of the vocabulary."""
@@ -307,10 +304,14 @@ class GPTJ(nnx.Module):
             hidden = self._final_norm(x)
             weight = _local_weight(self.lm_head, self.lm_head_scale)
             logits = dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
-            check = no_check if self.guard is None else self.guard.behind(x)
-            check("ln_f", lambda: (hidden,))
-            check("lm_head", lambda: (jnp.maximum(logits, 0),))  # -inf bans a token
-            return self.vocabulary.without_padding(logits)
+            return self._checked_logits(x, logits)
+
+    def _checked_logits(self, x: Float[Array, "*B D"], logits: Float[Array, "*B local_V"]) -> Array:
+        if self.guard is not None:
+            check = self.guard.for_last_ops(x)
+            check("ln_f", None, lambda: (self._final_norm(x),))
+            check("lm_head", None, lambda: (jnp.maximum(logits, 0),))  # -inf bans a token
+        return self.vocabulary.without_padding(logits)
 
     def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)

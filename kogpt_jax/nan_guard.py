@@ -12,96 +12,99 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-# Takes an op's name and what gives its outputs, an axis of tokens first. Called only by a guard: a program without one
-# has nothing of it.
-Check = Callable[[str, Callable[[], Sequence[Array]]], None]
+# Takes an op's name, its layer among those of this stage (None: of none) and what gives its outputs, with an axis of
+# tokens first. A program without a guard does not call the last, and has nothing of it.
+Check = Callable[[str, int | None, Callable[[], Sequence[Array]]], None]
 
 _NOWHERE = np.iinfo(np.int32).max
 
 
-def no_check(op: str, outputs: Callable[[], Sequence[Array]]) -> None:
+def no_check(op: str, layer: int | None, outputs: Callable[[], Sequence[Array]]) -> None:
     """The check of a model without a guard."""
 
 
-def of_layer(check: Check, layer: int) -> Check:
-    """The check that names ops of this layer."""
-    return lambda op, outputs: check(f"{op} of layer {layer}", outputs)
+class _Found(NamedTuple):
+    """Where a row was not finite, in the order of what happens to a row: it has so many tokens before a call of a
+    phase, which goes through the stages of a pipeline, and through the ops of each."""
 
-
-class _Record(NamedTuple):
-    """Where a call of an op gave values that are not finite."""
-
-    phase: str
-    op: str
-    order: int  # of the op in the phase
-    first_row: int  # of these rows in the batch
-    lengths: np.ndarray  # tokens of each row before this call of the phase
-    positions: np.ndarray  # the first bad one of each row, or _NOWHERE
+    num_before: int
+    stage: int
+    order: int
+    description: str
 
 
 class NanGuard:
-    """What the checks of one engine's models have found. Compared by identity: an engine has programs of its own."""
+    """What the checks of one engine's model have found. Compared by identity: an engine has programs of its own."""
 
-    def __init__(self) -> None:
-        self._records: list[_Record] = []
-        self._without_row: list[str] = []
+    def __init__(self, layers_per_stage: int) -> None:
+        self._layers_per_stage = layers_per_stage
+        self._found: list[_Found] = []
+        self._last_ops: set[str] = set()
 
-    def by_row(
+    def for_rows(
         self,
         phase: str,
+        x: Float[Array, "T D"],
         lengths: Int[Array, " B"],
         row_of_token: Int[Array, " T"],
         positions: Int[Array, " T"],
         is_token: Bool[Array, " T"],
     ) -> Check:
-        """A check of tokens that belong to rows, inside `jax.shard_map`. The ops are in the order of the calls."""
-        order = itertools.count()
-        first_row = jax.lax.axis_index("data") * lengths.shape[0]
+        """A check of tokens that belong to rows, inside `jax.shard_map`.
 
-        def check(op: str, outputs: Callable[[], Sequence[Array]]) -> None:
-            is_bad = ~_is_finite(outputs()) & is_token
+        Args:
+            phase: its name.
+            x: the residual stream that comes in: to the first stage of a pipeline the embedding, which is checked.
+            lengths: tokens of each row before this call.
+            row_of_token: of the new tokens.
+            positions: of the new tokens.
+            is_token: which of them are any row's.
+        """
+        stage = jax.lax.axis_index("pipe")
+        orders = itertools.count()
+
+        def check(op: str, layer: int | None, outputs: Callable[[], Sequence[Array]]) -> None:
+            is_bad = ~_is_finite(outputs()) & is_token & ((layer is not None) | (stage == 0))
             first = jnp.full(lengths.shape, _NOWHERE).at[row_of_token].min(jnp.where(is_bad, positions, _NOWHERE))
-            number = next(order)
+            order = next(orders)
 
-            def note(*found: Array) -> None:
-                first_row, lengths, first = map(np.asarray, found)
-                self._records.append(_Record(phase, op, number, int(first_row), lengths, first))
+            def note(stage: Array, lengths: Array, first: Array) -> None:
+                stage_number = int(stage)
+                name = op if layer is None else f"{op} of layer {stage_number * self._layers_per_stage + layer}"
+                for num_before, position in zip(np.asarray(lengths), np.asarray(first), strict=True):
+                    if position != _NOWHERE:
+                        where = f"{name}, in {phase} at position {position}"
+                        self._found.append(_Found(int(num_before), stage_number, order, where))
 
-            _call_if(jnp.any(is_bad), note, first_row, lengths, first)
+            _call_if(jnp.any(is_bad), note, stage, lengths, first)
 
+        check("embedding", None, lambda: (x,))
         return check
 
-    def behind(self, x: Array) -> Check:
-        """A check of what is made of the residual stream, token by token: where that is not finite, it is no op's of
-        these. The last ops, and which rows the tokens belong to is not known."""
-        is_token = _is_finite([x])
+    def for_last_ops(self, x: Float[Array, "*T D"]) -> Check:
+        """A check of what is made of the residual stream behind the layers, token by token: where that is not finite,
+        none of these ops is to blame. Whose the tokens are is not known."""
+        is_input_finite = _is_finite([x])
 
-        def check(op: str, outputs: Callable[[], Sequence[Array]]) -> None:
-            is_bad = ~_is_finite(outputs()) & is_token
-            _call_if(jnp.any(is_bad), lambda: self._without_row.append(op))
+        def check(op: str, layer: int | None, outputs: Callable[[], Sequence[Array]]) -> None:
+            _call_if(jnp.any(~_is_finite(outputs()) & is_input_finite), lambda: self._last_ops.add(op))
 
         return check
 
     def clear(self) -> None:
         """Forgets what was found."""
         jax.effects_barrier()
-        self._records.clear()
-        self._without_row.clear()
+        self._found.clear()
+        self._last_ops.clear()
 
-    def first(self, row: int) -> str | None:
-        """What was the first op that gave a row of the batch values that are not finite, or None if none did."""
+    def first(self) -> str | None:
+        """The op, phase and position where a row was not finite first; None if no op was found."""
         jax.effects_barrier()
-        of_row = []
-        for record in self._records:
-            index = row - record.first_row
-            if 0 <= index < len(record.positions) and record.positions[index] != _NOWHERE:
-                of_row.append((record.lengths[index], record.order, index, record))
-        if of_row:
-            _, _, index, record = min(of_row, key=lambda found: found[:2])
-            return f"{record.op}, in {record.phase} at position {record.positions[index]}"
-        return min(self._without_row, key=("ln_f", "lm_head").index, default=None)
+        if self._found:
+            return min(self._found).description
+        return next((op for op in ("ln_f", "lm_head") if op in self._last_ops), None)
 
 
 def _is_finite(outputs: Sequence[Array]) -> Bool[Array, " T"]:
@@ -110,6 +113,6 @@ def _is_finite(outputs: Sequence[Array]) -> Bool[Array, " T"]:
     return jnp.all(jnp.stack(of_each), axis=0)
 
 
-def _call_if(is_found: Bool[Array, ""], note: Callable[..., None], *found: Array) -> None:
+def _call_if(is_found: Bool[Array, ""], note: Callable[..., None], *arrays: Array) -> None:
     """Calls the host with these values where something was found."""
-    jax.lax.cond(is_found, lambda: jax.debug.callback(note, *found), lambda: None)
+    jax.lax.cond(is_found, lambda: jax.debug.callback(note, *arrays), lambda: None)
