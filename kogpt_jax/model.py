@@ -2,9 +2,9 @@
 
 Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes
 queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
-`psum` follows. The phases over whole sequences differ only in how they attend: each hands `Block` a function from local
-q, k, v to attention's output, or leaves rotary embedding, cache and attention to `custom_ops.prefill_attention`. A
-decode step calls `custom_ops`, whose kernels do a layer in three calls.
+`psum` follows. Prompts and texts to be scored are packed, the tokens of all rows one after another, so that nothing is
+computed for padding; only `custom_ops.prefill_attention` looks at rows. A decode step calls `custom_ops`, whose kernels
+do a layer in three calls.
 
 Global leaves have a leading axis of pipeline stages (`sharding.Split`) and one of tensor shards; of both a device
 holds one, and `_local` drops them.
@@ -34,14 +34,14 @@ from custom_ops import (
     linear,
     mixed_gemm,
     numerics,
-    pages,
     prefill_attention,
     quantize_rows,
 )
-from custom_ops.rotary import apply_rotary
+from custom_ops.prefill_attention import token_rows
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
-from kogpt_jax.kv_cache import KVCache
+from kogpt_jax.kv_cache import KVCache, pages_per_row
+from kogpt_jax.packing import Packed
 from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
 from kogpt_jax.sharding import Split, named_sharding, partition_spec
 from kogpt_jax.vocabulary import Vocabulary
@@ -49,17 +49,14 @@ from kogpt_jax.vocabulary import Vocabulary
 DEFAULT_OPS = OpsConfig()
 ONE_DEVICE = Split()
 
-# Longer prompts attend in blocks of this many queries, so that scores take [B, N, block, T] and not [B, N, T, T].
-QUERY_BLOCK = 512
-
 # Values of an INT8 matrix that are converted at a time, for a product with whole sequences.
 TILE_SIZE = 1 << 24
 
 NO_LAYER = -1  # stands for the layer of a block that is left over
 
-# From a layer's local q, k, v to attention's output and what the phase keeps of the layer: its updated pages, or
-# nothing.
-Attend = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
+# From what ``w_in`` made of a layer's tokens, [T, 3 N H] and [T, K], to the second with attention's part filled in, and
+# what the phase keeps of the layer: its updated pages, or nothing.
+Attend = Callable[[Array, Array], tuple[Array, tuple[Array, ...]]]
 
 
 class Embed(nnx.Module):
@@ -108,55 +105,8 @@ class Block(nnx.Module):
         )
         self.b_ffn_out = _param((stages, model_dim), ("stage", "embed"), config)
 
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
-        batch, q_len, _ = x.shape
-        qkv, act = self._project_in(x)
-        with jax.named_scope("attention"):
-            heads = (batch, q_len, self.num_local_heads, self.config.head_dim)
-            attn, kept = attend(*(part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1)))
-            attn = attn.reshape(batch, q_len, -1)
-            # Not an update: XLA finds the concatenation that made `act` and leaves one of the two.
-            act = jnp.concatenate([attn, act[..., attn.shape[-1] :]], axis=-1)
-        return self._project_out(x, act), kept
-
-    def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        rotary: tuple[Array, Array],
-        layer: int,
-        cache: KVCache,
-        lengths: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Whole prompts, with `custom_ops.prefill_attention` between the products.
-
-        Args:
-            rotary: (cos, sin) of each token, [B T, R].
-            cache: the tokens before; its lengths are the first positions.
-            lengths: tokens of each row; what stands behind them may become anything, NaN too.
-
-        Returns:
-            The residual stream, the layer's pages with the tokens.
-        """
-        batch, q_len, _ = x.shape
-        qkv, act = self._project_in(x)
-        with jax.named_scope("attention"):
-            out, k_pages, v_pages, _ = prefill_attention(
-                qkv.reshape(batch * q_len, -1),
-                rotary,
-                cache.k[layer],
-                cache.v[layer],
-                cache.page_table,
-                jnp.arange(batch, dtype=jnp.int32) * q_len,
-                lengths,
-                cache.lengths,
-                act.reshape(batch * q_len, -1),
-                max_new=q_len,
-                implementation=self.ops.prefill_attention,
-            )
-        return self._project_out(x, out.reshape(act.shape)), (k_pages, v_pages)
-
-    def _project_in(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T qkv"], Float[Array, "B T K"]]:
-        """Queries, keys and values one after another, and ``w_out``'s input with the FFN's part of it there."""
+    def __call__(self, x: Float[Array, "T D"], attend: Attend) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
+        """Many tokens, of whatever rows: only ``attend`` knows which belong together."""
         config = self.config
         local_dim = self.num_local_heads * config.head_dim
         with jax.named_scope("w_in"):
@@ -171,15 +121,14 @@ class Block(nnx.Module):
                 act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
         assert act is not None  # with gelu_from
-        return qkv, act
-
-    def _project_out(self, x: Float[Array, "B T D"], act: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("attention"):
+            act, kept = attend(qkv, act)
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             if self.num_shards == 1:
-                return prefill_linear(act, w_out, self.config, self.ops, bias=bias, residual=x)[0]
-            out, _ = prefill_linear(act, w_out, self.config, self.ops, out_dtype=jnp.float32)
-            return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
+                return prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x)[0], kept
+            out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32)
+            return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32), kept
 
     def decode_step(
         self,
@@ -250,51 +199,45 @@ class GPTJ(nnx.Module):
         )
         self.lm_head_bias = _param((self.vocabulary.padded_size,), ("vocab",), config)
 
-    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Final hidden states of every position, causal and without a cache: for scoring and training.
+    def prefill(self, packed: Packed, cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
+        """Reads new tokens of each row, which see those of the row in the cache and one another, causally.
 
-        A row may be padded on the right: a position sees only what stands before it.
-        """
-        rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], self.config))
-
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-            q, k = apply_rotary(q, k, rotary)
-            return causal_attention(q, k, v), ()
-
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x, _ = block(x, attend)
-        return self._final_norm(x)
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "B D"], KVCache]:
-        """Reads left-aligned prompts into an empty cache.
+        Args:
+            packed: one data shard's.
+            cache: the tokens before. With pages of one layer only, all layers use these in turn: for rows that begin
+                here and are not gone on with.
 
         Returns:
-            The final hidden state of each row's last token, and the cache with ``lengths`` keys a row.
+            The residual stream behind the last layer, which means nothing for tokens of no row; the cache with the
+            tokens.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        is_valid = positions < lengths[:, None]
-        rotary = rotary_tables(positions[:1], self.config)
-        cos, sin = (jnp.tile(table[0], (tokens.shape[0], 1)) for table in rotary)  # of each token
-        x = self.embed(tokens)
-        new_pages = []
+        begins, num_new = packed.begins, packed.num_new
+        row_of_token, index, _ = token_rows(begins, num_new, packed.tokens.shape[0])
+        rotary = rotary_tables(cache.lengths[row_of_token] + index, self.config)
+        page_table = cache.page_table[:, : pages_per_row(packed.max_len)]
+        new_pages: list[tuple[Array, ...]] = list(zip(cache.k, cache.v, strict=True))
+        x = self.embed(packed.tokens)
         for layer, block in enumerate(self.blocks):
+            slot = layer % len(new_pages)
 
-            def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
-                q, k = apply_rotary(q, k, for_heads(rotary))
-                return causal_attention(q, k, v), _append(cache, layer, k, v, positions, is_valid)
+            def attend(qkv: Array, act: Array, slot: int = slot) -> tuple[Array, tuple[Array, ...]]:
+                act, k_pages, v_pages, _ = prefill_attention(
+                    qkv,
+                    rotary,
+                    new_pages[slot][0],
+                    new_pages[slot][1],
+                    page_table,
+                    begins,
+                    num_new,
+                    cache.lengths,
+                    act,
+                    max_new=packed.max_len,
+                    implementation=self.ops.prefill_attention,
+                )
+                return act, (k_pages, v_pages)
 
-            layer_pages: tuple[Array, ...]
-            if self.ops.prefill_attention == "reference":
-                x, layer_pages = block(x, attend)
-            else:
-                x, layer_pages = block.prefill(x, (cos, sin), layer, cache, lengths)
-            new_pages.append(layer_pages)
-        # Of a row's positions only one meets lm_head.
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self._final_norm(last), _with_pages(cache, new_pages, lengths)
+            x, new_pages[slot] = block(x, attend)
+        return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(
         self, tokens: Int[Array, " B"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
@@ -329,15 +272,13 @@ class GPTJ(nnx.Module):
             logits = self.vocabulary.without_padding(logits)
         return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
-    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B local_V"]:
-        """Logits in f32 from final hidden states, of this device's shard of the vocabulary."""
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B local_V"]:
+        """Logits in f32 from the residual stream behind the last layer, of this device's shard of the vocabulary."""
         with jax.named_scope("lm_head"):
+            hidden = layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
             weight = _local_weight(self.lm_head, self.lm_head_scale)
             logits = dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
             return self.vocabulary.without_padding(logits)
-
-    def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
 
 
 def dense(
@@ -399,27 +340,23 @@ def decode_linear(
 
 
 def prefill_linear(
-    x: Float[Array, "B T K"],
+    x: Float[Array, "T K"],
     weight: Float[Array, "M K"] | QuantizedArray,
     config: ModelConfig,
     ops: OpsConfig,
     *,
     layer_norm: tuple[Array, Array, float] | None = None,
     bias: Array | None = None,
-    residual: Float[Array, "B T M"] | None = None,
+    residual: Float[Array, "T M"] | None = None,
     gelu_from: int | None = None,
     act_dim: int | None = None,
     out_dtype: np.dtype | type | None = None,
 ) -> tuple[Array, Array | None]:
     """A layer's product for whole sequences, with what `custom_ops.linear` has around it: (y, act).
 
-    ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [B, T, act_dim], the columns in front
+    ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [T, act_dim], the columns in front
     of GELU's are attention's to fill.
     """
-    batch, q_len, k_dim = x.shape
-    x = x.reshape(batch * q_len, k_dim)
-    if residual is not None:
-        residual = residual.reshape(batch * q_len, -1)
     options: dict[str, Any] = {
         "bias": bias,
         "residual": residual,
@@ -427,20 +364,15 @@ def prefill_linear(
         "act_dim": act_dim,
         "out_dtype": out_dtype,
     }
-    y: Array
-    act: Array | None
     if config.quant == "w8a8":
         assert isinstance(weight, QuantizedArray)
         quantized = quantize_rows(x, layer_norm=layer_norm, implementation=ops.gemm)
-        y, act = int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
-    else:
-        if layer_norm is not None:
-            x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
-        if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
-            y, act = mixed_gemm(x, weight, implementation="ffi", **options)
-        else:
-            y, act = _dense_with(x, weight, config, **options)
-    return y.reshape(batch, q_len, -1), None if act is None else act.reshape(batch, q_len, -1)
+        return int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
+    if layer_norm is not None:
+        x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
+    if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
+        return mixed_gemm(x, weight, implementation="ffi", **options)
+    return _dense_with(x, weight, config, **options)
 
 
 def _dense_with(
@@ -484,33 +416,6 @@ def rotary_tables(
     frequencies = jnp.asarray(10000.0**-exponents, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def for_heads(rotary: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The same angles for all heads of [B, T, N, H]."""
-    cos, sin = rotary
-    return cos[:, :, None], sin[:, :, None]
-
-
-def causal_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"]
-) -> Float[Array, "B T N H"]:
-    """Each query attends to its own and earlier positions; scores and softmax in f32."""
-    q_len = q.shape[1]
-    outputs = []
-    for start in range(0, q_len, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q_len)  # later keys are masked for the whole block: leave them out
-        scores = numerics.einsum("btnh,bsnh->bnts", q[:, start:stop], k[:, :stop]) / math.sqrt(q.shape[-1])
-        is_visible = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-        probs = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf), axis=-1)
-        outputs.append(numerics.einsum("bnts,bsnh->btnh", probs.astype(v.dtype), v[:, :stop]).astype(q.dtype))
-    return jnp.concatenate(outputs, axis=1)
-
-
-def _append(cache: KVCache, layer: int, k: Array, v: Array, positions: Array, is_valid: Array) -> tuple[Array, Array]:
-    """A layer's pages of keys and of values with the new tokens in."""
-    k_pages = pages.append(cache.k[layer], k, cache.page_table, positions, is_valid)
-    return k_pages, pages.append(cache.v[layer], v, cache.page_table, positions, is_valid)
 
 
 def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths: Array) -> KVCache:

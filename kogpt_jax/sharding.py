@@ -20,6 +20,7 @@ VOCAB_AXES = ("pipe", "tensor")
 # and each stage has pages of its own.
 _MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
     "batch": "data",
+    "tokens": "data",
     "pages": ("data", "pipe"),
     "heads": "tensor",
     "stage": "pipe",

@@ -23,7 +23,7 @@ from kogpt_jax import KoGPT, SamplingParams, checkpoint, decoding, kv_cache, mod
 from kogpt_jax.config import ModelConfig, Quant
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
-from kogpt_jax.sampling import RowSampling
+from kogpt_jax.packing import pack
 from kogpt_jax.sharding import make_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -149,10 +149,9 @@ def test_no_more_than_a_layer_is_converted_at_a_time(phase):
         config = dataclasses.replace(KERNEL_CONFIG, num_layers=num_layers, model_dim=256, ffn_dim=1024, quant="w8a16")
         mesh, definition = make_mesh(), model_def(config)
         leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
-        args: tuple[Any, ...] = (np.zeros((1, 16), np.int32),)
+        args: tuple[Any, ...] = tuple(pack([prompt(16)]))
         if phase == "prefill":
-            ones, rows = np.ones(1, np.int32), RowSampling.from_params([SamplingParams(seed=0)])
-            args = (kv_cache.make_kv_cache(config, mesh, 1, 64), *args, ones, ones, np.zeros(1, bool), rows)
+            args = (kv_cache.make_kv_cache(config, mesh, 1, 64), jnp.zeros((1, config.model_dim)), *args)
         compiled = getattr(decoding, phase).lower(leaves, *args, definition=definition, mesh=mesh).compile()
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[1] - temporary[0] < 4 * 256 * 1024  # of a layer's 768k weights in f32
@@ -236,15 +235,10 @@ def test_w8a8_costs_little_and_decodes_as_w8a16(directory):
     assert quantized_cache.size()[0] == 1  # one copy of the weights
 
     states = {}
-    mesh, batch = make_mesh(), 3
-    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * batch), jnp.ones(batch, jnp.int32)
+    requests = engines["w8a16"]._requests([prompt(5, salt) for salt in range(3)], greedy(9))
     for quant, engine in engines.items():
-        cache = kv_cache.make_kv_cache(engine.config, mesh, batch, 64)
-        arguments = (cache, np.zeros((batch, 16), np.int32), 5 * ones, 9 * ones, jnp.ones(batch, bool), rows)
-        static = {"definition": engines["w8a16"]._definition, "mesh": mesh}
-        state, _ = decoding.prefill(engine.leaves, *arguments, **static)
-        static["definition"] = engine._definition
-        states[quant] = decoding.decode_loop(engine.leaves, state, num_steps=8, **static)[1]
+        state, _ = engines["w8a16"]._prefill(requests)
+        states[quant] = decoding.decode_loop(engine.leaves, state, num_steps=8, **engine._static)[1]
     jax.tree.map(np.testing.assert_array_equal, states["w8a16"], states["w8a8"])
 
 

@@ -23,6 +23,7 @@ ORDER = (
     "json_files",
     "config",
     "sharding",
+    "packing",
     "vocabulary",
     "kv_cache",
     "ops",
