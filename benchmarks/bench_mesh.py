@@ -179,7 +179,9 @@ def with_speed_ups(rows: Sequence[dict[str, Any]], *, are_real: bool) -> Iterato
 
 def print_table(result: dict[str, Any]) -> None:
     device = result["environment"]["device"] if result["environment"] else "no device"
-    devices = f"{result['num_devices']} x {device}" + ("" if result["are_real"] or result["num_devices"] == 1 else ", simulated")
+    devices = f"{result['num_devices']} x {device}" + (
+        "" if result["are_real"] or result["num_devices"] == 1 else ", simulated"
+    )
     table = Table(title=f"{result['preset']} on {devices}, prompts of {result['prompt_len']} tokens", box=box.SIMPLE)
     columns = (
         ("mesh", "mesh", "{}"),

@@ -96,7 +96,7 @@ def prefill(
         last = hidden[jnp.maximum(packed.begins + packed.num_new - 1, 0)]
         return cache, jnp.where(packed.num_new[:, None] > 0, last, last_hidden)
 
-    cache_spec = cache_specs(definition.config.num_layers)
+    cache_spec = cache_specs(definition.layers_per_stage)
     return jax.shard_map(
         local,
         mesh=mesh,
