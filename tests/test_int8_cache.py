@@ -3,6 +3,7 @@ engine with ``kv_dtype="int8"`` against the one without."""
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ import test_prefill_attention
 import tolerances
 from op_cases import DecodeAttentionCase, case_id, decode_attention_arguments, decode_attention_oracle
 from prefill_attention_cases import PrefillAttentionCase
+from small_model import KERNEL_CONFIG, greedy, prompt
 
 import custom_ops
 from custom_ops import QuantizedArray, make_semaphores
 from custom_ops.decode_attention import _attend_all_pages, _attend_page_after_page
+from kogpt_jax import KoGPT, SamplingParams
 
 # One key, 19, 99 and 989; page borders; finished rows; each head_dim and dtype.
 CASES = [op_cases.read_cases("decode_attention")[index] for index in (0, 2, 3, 6, 8, 9)]
@@ -342,3 +345,81 @@ def test_the_kernels_of_prefill_attention_refuse_it_by_name():
     arguments = with_int8_pages(prefill_attention_cases.arguments_of(case))
     with pytest.raises(ValueError, match="the CUDA kernels do not support an INT8 cache yet"):
         custom_ops.prefill_attention(**arguments, implementation="ffi")
+
+
+# -- The engine -------------------------------------------------------------------------------------------------------
+
+PERPLEXITY_CHANGE = 0.003  # what the demo model may lose, relative
+TOKENS = 60
+
+
+@pytest.fixture(scope="module")
+def demo() -> KoGPT:
+    return KoGPT.from_pretrained("demo", dtype="fp32")
+
+
+def with_int8_cache(engine: KoGPT, **options: Any) -> KoGPT:
+    config = dataclasses.replace(engine.config, kv_dtype="int8")
+    return KoGPT(config, engine.leaves, engine.mesh, engine.tokenizer, **options)
+
+
+@pytest.fixture(scope="module")
+def texts(demo) -> list[list[int]]:
+    """Drawn from the demo model: held-out text is not part of the repository."""
+    prompts = [demo.tokenizer.encode(text) for text in ("이 영화는", "배우들의 연기가", "음악이 너무", "스토리가")] * 2
+    params = [
+        SamplingParams(max_new_tokens=2 * TOKENS, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(8)
+    ]
+    completions = demo.generate_ids(prompts, params)
+    return [[*row, *completion.token_ids] for row, completion in zip(prompts, completions, strict=True)]
+
+
+def logprobs_of(engine: KoGPT, texts: list[list[int]]) -> np.ndarray:
+    return np.concatenate([np.asarray(score.logprobs[1:], np.float64) for score in engine.score_ids(texts)])
+
+
+def test_the_demo_model_loses_little(demo, texts):
+    """Perplexity, and where a greedy text takes another token, that INT8 moves log-probabilities that much."""
+    int8 = with_int8_cache(demo)
+    exact, rounded = logprobs_of(demo, texts), logprobs_of(int8, texts)
+    assert exact.size > 900
+    change = np.abs(rounded - exact)
+    assert change.max() > 1e-4, "the scores do not come from an INT8 cache"
+    assert abs(np.expm1(exact.mean() - rounded.mean())) <= PERPLEXITY_CHANGE
+
+    prompts = [text[:TOKENS] for text in texts]
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True)
+    num_same = 0
+    for row, theirs, ours in zip(
+        prompts, demo.generate_ids(prompts, params), int8.generate_ids(prompts, params), strict=True
+    ):
+        pairs = zip(theirs.token_ids, ours.token_ids, strict=True)
+        step = next((index for index, (a, b) in enumerate(pairs) if a != b), 24)
+        num_same += step
+        if step < 24:
+            logits = demo.logits([*row, *theirs.token_ids[:step]])[-1]
+            assert logits[theirs.token_ids[step]] - logits[ours.token_ids[step]] <= 2 * change.max()
+    assert num_same >= len(prompts) * 24 / 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decoding_over_int8_pages_is_scoring_over_them(demo, texts, implementation):
+    engine = with_int8_cache(demo, implementation=implementation)
+    prompts = [text[:TOKENS] for text in texts]
+    completions = engine.generate_ids(prompts, SamplingParams(max_new_tokens=12, ignore_eos=True))
+    whole = [[*row, *completion.token_ids] for row, completion in zip(prompts, completions, strict=True)]
+    for completion, score in zip(completions, engine.score_ids(whole), strict=True):
+        scored = np.asarray(score.logprobs[TOKENS:], np.float64)
+        tolerances.assert_close(completion.logprobs, scored, tolerances.CACHED_VS_WHOLE_INT8)
+
+
+def test_an_int8_cache_on_a_mesh():
+    """Rows and heads cut over four devices: scales go where their heads go."""
+    config = dataclasses.replace(KERNEL_CONFIG, kv_dtype="int8")
+    prompts = [prompt(3), prompt(70)]
+    completions, alone = (
+        KoGPT.from_random(config, mesh=mesh).generate_ids(prompts, greedy(6)) for mesh in ("d2p1t2", "d1p1t1")
+    )
+    for completion, expected in zip(completions, alone, strict=True):
+        assert completion.token_ids == expected.token_ids
+        tolerances.assert_close(completion.logprobs, expected.logprobs, tolerances.CACHED_VS_WHOLE_INT8)

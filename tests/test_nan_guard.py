@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
-from small_model import CONFIG, greedy, prompt
+from small_model import CONFIG, KERNEL_CONFIG, greedy, prompt
 from test_decoding import make_call
 
 from kogpt_jax import KoGPT, model
@@ -34,7 +34,7 @@ def poisoned(engine: KoGPT, path: str, change: Callable[[jax.Array], jax.Array])
     """The model with one parameter changed, in the same programs."""
     leaves = list(engine.leaves)
     index = [param.path for param in engine._definition.params].index(path)
-    leaves[index] = change(leaves[index])
+    leaves[index] = jax.device_put(change(leaves[index]), leaves[index].sharding)
     spoilt = copy.copy(engine)
     spoilt.leaves = tuple(leaves)
     return spoilt
@@ -184,3 +184,14 @@ def test_without_a_guard_no_program_knows_of_it(engine, monkeypatch, phase):
 def test_without_a_guard_the_error_tells_of_it(engine):
     message = message_of(with_poisoned_token(engine, PROMPTS[0][0]).score_ids, PROMPTS[:1])
     assert message.endswith("; nan_guard=True or --nan-guard tells which op is the first")
+
+
+def test_on_a_mesh():
+    """Rows, layers and heads over eight devices; the fault is in the second stage, of the last heads' shard."""
+    config = dataclasses.replace(KERNEL_CONFIG, kv_dtype="int8")
+    engine = KoGPT.from_random(config, mesh="d2p2t2", nan_guard=True)
+    engine.generate_ids(PROMPTS, greedy(2))
+    # The only block of each stage: layer 0 and layer 1.
+    spoilt = poisoned(engine, "blocks.0.w_in", lambda w: w.at[1, 1, 3].set(np.nan))
+    for call, arguments in ((spoilt.generate_ids, [greedy(2)]), (spoilt.score_ids, [])):
+        assert first_in(call, PROMPTS, *arguments) == "w_in of layer 1, in prefill at position 0"
