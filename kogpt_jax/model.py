@@ -29,6 +29,7 @@ from custom_ops import (
     decode_attention,
     int8_gemm,
     linear,
+    make_semaphores,
     mixed_gemm,
     numerics,
     pages,
@@ -413,6 +414,10 @@ def prefill_linear(
             x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
         if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
             y, act = mixed_gemm(x, weight, implementation="ffi", **options)
+        elif isinstance(weight, QuantizedArray) and ops.gemm == "linear":
+            kernels = dataclasses.replace(ops, linear="ffi", linear_many_rows="ffi")
+            y, *more, _ = decode_linear(x, weight, kernels, make_semaphores(), **options)
+            act = more[0] if more else None
         else:
             y, act = _dense_with(x, weight, config, **options)
     return y.reshape(batch, q_len, -1), None if act is None else act.reshape(batch, q_len, -1)

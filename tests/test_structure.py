@@ -21,6 +21,7 @@ ORDER = (
     "_version",
     "errors",
     "json_files",
+    "progress",
     "config",
     "sharding",
     "kv_cache",
@@ -41,6 +42,7 @@ ORDER = (
     "engine",
     "",  # the package itself, which re-exports
     "text_rows",
+    "tuning",
     "info",
     "cli",
     "__main__",
