@@ -78,7 +78,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.implementation, str) and isinstance(self.tile, str | None)):
-            raise ValueError(f"implementation and tile must be names, got {self}")
+            raise ValueError(f"implementation and tile must be names, got {self.implementation!r} and {self.tile!r}")
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.implementation, self.tile)))

@@ -415,12 +415,41 @@ def prefill_linear(
         if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
             y, act = mixed_gemm(x, weight, implementation="ffi", **options)
         elif isinstance(weight, QuantizedArray) and ops.gemm == "linear":
-            kernels = dataclasses.replace(ops, linear="ffi", linear_many_rows="ffi")
-            y, *more, _ = decode_linear(x, weight, kernels, make_semaphores(), **options)
-            act = more[0] if more else None
+            y, act = _linear_in_groups(x, weight, **options)
         else:
             y, act = _dense_with(x, weight, config, **options)
     return y.reshape(batch, q_len, -1), None if act is None else act.reshape(batch, q_len, -1)
+
+
+def _linear_in_groups(
+    x: Float[Array, "T K"], weight: QuantizedArray, *, residual: Float[Array, "T M"] | None, **options: Any
+) -> tuple[Array, Array | None]:
+    """The kernel of `custom_ops.linear`, as many rows at a time as it takes, in a loop: the program stays small."""
+    rows = x.shape[0]
+    group_len = min(rows, MAX_ROWS)
+    num_groups = -(-rows // group_len)
+
+    def split(array: Array) -> Array:
+        padding = num_groups * group_len - rows
+        return jnp.pad(array, ((0, padding), (0, 0))).reshape(num_groups, group_len, array.shape[1])
+
+    def run(semaphores: Array, group: tuple[Array, Array | None]) -> tuple[Array, list[Array]]:
+        x, residual = group
+        *outputs, semaphores = linear(
+            x,
+            weight,
+            residual=residual,
+            semaphores=semaphores,
+            prefetch_weight=True,  # as in `decode_linear`
+            implementation="ffi",
+            **options,
+        )
+        return semaphores, outputs
+
+    groups = (split(x), None if residual is None else split(residual))
+    _, outputs = jax.lax.scan(run, make_semaphores(), groups)
+    y, *more = (output.reshape(num_groups * group_len, output.shape[2])[:rows] for output in outputs)
+    return y, more[0] if more else None
 
 
 def _dense_with(

@@ -110,11 +110,11 @@ def make_problems(
     for config in configs:
         implementations = gemm_implementations(config, platform=platform, num_shards=num_shards)
         (in_outputs, dim), (_, act_dim) = layer_products(config, num_shards)
-        for bucket in sorted({Key.of("", config.jax_dtype, 1, 1, number).rows for number in rows}):
-            in_key = Key.of(gemm_op(config), config.jax_dtype, in_outputs, dim, bucket)
-            out_key = dataclasses.replace(in_key, num_outputs=dim, k_dim=act_dim)
-            problems.append(Problem(in_key, config, implementations, 3 * (dim // num_shards), act_dim))
-            problems.append(Problem(out_key, config, implementations, None, None))
+        buckets = sorted({Key.of("", config.jax_dtype, 1, 1, number).rows for number in rows})
+        in_keys = [Key.of(gemm_op(config), config.jax_dtype, in_outputs, dim, bucket) for bucket in buckets]
+        out_keys = [dataclasses.replace(key, num_outputs=dim, k_dim=act_dim) for key in in_keys]
+        problems += [Problem(key, config, implementations, 3 * (dim // num_shards), act_dim) for key in in_keys]
+        problems += [Problem(key, config, implementations, None, None) for key in out_keys]
     problems = [problem for problem in problems if len(list(_choices(problem))) > 1]
     if not problems:
         names = ", ".join(sorted({f"{config.quant} in {config.dtype}" for config in configs}))
