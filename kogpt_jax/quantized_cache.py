@@ -23,6 +23,7 @@ from kogpt_jax import checkpoint, runtime
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object, write_json
+from kogpt_jax.sharding import Split
 from kogpt_jax.weight_files import find_weight_files, renamed_when_complete
 
 # Of what `checkpoint.write_leaves` writes and how `quantize` rounds: another number makes every entry anew.
@@ -59,7 +60,7 @@ def load_leaves(source: pathlib.Path, config: ModelConfig, mesh: Mesh, *, progre
     try:
         _discard(entry)
         with renamed_when_complete(entry) as temporary:
-            checkpoint.write_leaves(temporary, config, leaves, mesh.shape["tensor"])
+            checkpoint.write_leaves(temporary, config, leaves, Split.of(mesh))
             write_json(temporary / "config.json", config.to_hf_dict() | {"quantization_config": record})
     except InputError as error:
         if not _is_complete(entry, record):  # or another process was first

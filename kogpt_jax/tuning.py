@@ -28,9 +28,10 @@ from custom_ops.autotune import Candidate, Choice, Key
 from kogpt_jax import checkpoint, demo
 from kogpt_jax.config import DEMO, KOGPT_6B, Dtype, GemmImplementation, ModelConfig, OpsConfig, Quant
 from kogpt_jax.errors import InputError, one_line
-from kogpt_jax.model import prefill_linear
+from kogpt_jax.model import model_def, prefill_linear
 from kogpt_jax.ops import gemm_implementations, gemm_op, layer_products
 from kogpt_jax.progress import progress_bar
+from kogpt_jax.sharding import Split
 
 # Of prompts from the shortest bucket to a batch that fills the context some times over.
 DEFAULT_ROWS = tuple(2**exponent for exponent in range(4, 14))
@@ -101,13 +102,14 @@ def make_problems(
     """The products that can run in more than one way on this machine, of models that differ in dtype and ``quant``.
 
     Raises:
-        InputError: a number of rows below 1, or there is nothing to choose.
+        InputError: a number of rows below 1, tensor shards that the model cannot be cut into, or nothing to choose.
     """
     for number in rows:
         if number < 1:
             raise InputError(f"--rows must be at least 1, got {number}")
     problems = []
     for config in configs:
+        model_def(config, Split(num_shards=num_shards))  # which refuses what cannot be cut so
         implementations = gemm_implementations(config, platform=platform, num_shards=num_shards)
         (in_outputs, dim), (_, act_dim) = layer_products(config, num_shards)
         buckets = sorted({Key.of("", config.jax_dtype, 1, 1, number).rows for number in rows})
@@ -236,10 +238,7 @@ def _candidate(
             )
         if implementation == "ffi":
             return mixed_gemm(x, weight, tile=tile, implementation="ffi", **options)
-        if options["residual"] is not None:
-            options["residual"] = options["residual"][None]
-        y, act = prefill_linear(x[None], weight, config, OpsConfig(gemm=implementation), **options)
-        return y[0], None if act is None else act[0]
+        return prefill_linear(x, weight, config, OpsConfig(gemm=implementation), **options)
 
     return Candidate(choice, run)
 

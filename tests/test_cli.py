@@ -357,7 +357,7 @@ def test_int8_weights(checkpoint):
         (["--quant", "w4a16"], ["--quant", "w4a16", "w8a16"]),
         (["--implementation", "cudnn"], ["--implementation", "cudnn", "reference"]),
         (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "leave the option out"]),
-        (["--mesh", "d1p1t2"], ["mesh", "d1p1t2"]),
+        (["--mesh", "d1p2t1"], ["mesh", "d1p2t1"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
         (["--max-batch-size", "0"], ["--max-batch-size", "0"]),
         (["--input-format", "jsonl"], ["--input-format", "jsonl", "--prompt"]),
@@ -609,6 +609,7 @@ def test_autotune_draws_a_bar_on_a_terminal_only(checkpoint, tuned, monkeypatch,
         (["--shape", "gpt"], ["--shape", "gpt"]),
         (["--quant", "none"], ["--quant", "none"]),
         (["--mesh", "4"], ["d1p1t1", "4"]),
+        (["--mesh", "d1p1t3"], ["num_heads", "3 tensor shards"]),
     ],
 )
 def test_autotune_refuses(arguments, named, tuned):

@@ -24,6 +24,8 @@ ORDER = (
     "progress",
     "config",
     "sharding",
+    "packing",
+    "vocabulary",
     "kv_cache",
     "ops",
     "quantize",
