@@ -20,6 +20,7 @@ import platform as host
 import re
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ FORMAT_VERSION = 1
 
 # For `tile`: the kernel chooses by the shape.
 TILE_BY_SHAPE = -1
+
+_SAMPLE_S = 0.2  # what a sample may take by the reference's time, but for one rotation
 
 _SHIPPED_FOLDER = pathlib.Path(__file__).with_name("tuned")
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
@@ -341,15 +344,20 @@ def tune(
         reference: the op's reference in the same precision: a weight -> (y, act).
         oracle: the same in f32.
         num_gelu: columns of act that are GELU's; those in front of them are not compared.
-        turns: rotations of a sample.
+        turns: rotations of a sample; fewer where the reference is so slow that a sample would take long.
         rounds: samples of a candidate; their median counts.
     """
     defined = functools.partial(_defined, num_gelu=num_gelu)
     expected = defined(jax.jit(oracle)(weights[0]))
+    run_reference = jax.jit(reference)
     allowed = [
         tolerance.allowed_error(float(tolerance.relative_error(got, wanted)), got.dtype)
-        for got, wanted in zip(defined(jax.jit(reference)(weights[0])), expected, strict=True)
+        for got, wanted in zip(defined(run_reference(weights[0])), expected, strict=True)
     ]
+    begin = time.perf_counter()
+    jax.block_until_ready(run_reference(weights[0]))
+    rotation_s = len(weights) * (time.perf_counter() - begin)
+    turns = max(1, min(turns, int(_SAMPLE_S / rotation_s)))
     rejected: list[tuple[Choice, str]] = []
     samplers: dict[Choice, Callable[[], float]] = {}
     for candidate in candidates:

@@ -144,6 +144,7 @@ def tune_products(
     """
     device = autotune.find_device(platform)
     assert device is not None  # there is a choice, so there is a library
+    path = _keep(device, {})  # before minutes are spent
     results = []
     with progress_bar(len(problems), progress) as advance:
         for problem in problems:
@@ -151,15 +152,20 @@ def tune_products(
             weights = _weights(problem.key.num_outputs, problem.key.k_dim, problem.config.num_layers)
             outcome = measure(problem, weights)
             kept = tuple(timed for timed in outcome.timings if timed.choice != _BY_SHAPE)
-            try:
-                path = autotune.save(device, {problem.key: kept} if kept else {})
-            except OSError as error:
-                raise InputError(f"times of products cannot be kept: {one_line(error)}") from error
+            if kept:
+                _keep(device, {problem.key: kept})
             before = next(_choices(problem))
             after = kept[0] if kept else None
             results.append(Result(problem.key, before, outcome.us(before), after, outcome.rejected))
             advance(str(problem), 1)
     return results, path
+
+
+def _keep(device: autotune.Device, entries: autotune.Table) -> pathlib.Path:
+    try:
+        return autotune.save(device, entries)
+    except OSError as error:
+        raise InputError(f"times of products cannot be kept: {one_line(error)}") from error
 
 
 def table_lines(results: Sequence[Result]) -> Iterator[str]:

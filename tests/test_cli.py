@@ -551,6 +551,9 @@ def test_autotune(checkpoint, tuned):
     chosen = resolve_ops(config, "auto", platform="cpu")
     assert lines[2] == f"auto with w8a16 in fp32: {describe(chosen)}"
     assert lines[3].startswith("auto with w8a8 in fp32: ")
+    (report,) = _records(_output("info", "--json"))
+    assert report["ops"]["timed"]["products"] == 2
+    assert "timed products" in _output("info")
 
 
 @pytest.mark.host
@@ -638,6 +641,9 @@ def test_info_json(checkpoint, engine):
     assert [library["name"] for library in report["ops"]["libraries"]] == ["host", "cuda"]
     assert report["ops"]["jaxlib_ffi_version"] == list(custom_ops.jaxlib_ffi_version() or ())
     assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8"}
+    device = autotune.find_device("cpu")
+    timed = None if device is None else {"device": device.name, "products": len(autotune.load_table("cpu"))}
+    assert report["ops"]["timed"] == timed
     assert report["ops"]["auto"]["fp32"] == describe(engine.ops)
     kept = report["quantized_cache"]
     assert pathlib.Path(kept["directory"]).parent == pathlib.Path(report["cache_dir"])
