@@ -306,7 +306,7 @@ def _parse_entry(record: Mapping[str, Any]) -> tuple[Key, tuple[Timing, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to a product, as `timing.Step` has it: a number from the call before and a weight -> (y, act)."""
+    """A way to a product: a number from the call before, as `timing.Step` has it, and operands -> (y, act)."""
 
     choice: Choice
     run: Callable[[Array, Any], tuple[Array, Array | None]]
@@ -326,7 +326,7 @@ class Outcome:
 
 def tune(
     candidates: Sequence[Candidate],
-    weights: Sequence[Any],
+    operands: Sequence[Any],
     *,
     reference: Callable[[Any], tuple[Array, Array | None]],
     oracle: Callable[[Any], tuple[Array, Array | None]],
@@ -340,34 +340,35 @@ def tune(
 
     Args:
         candidates: the ways to the product.
-        weights: to rotate over, so many that a cache does not hold them, or as many as a model has.
-        reference: the op's reference in the same precision: a weight -> (y, act).
+        operands: of a call each, to rotate over: so many weights that a cache does not hold them, or as many as a model
+            has. Arguments of the programs, which a constant that is as large would slow down.
+        reference: the op's reference in the same precision: operands -> (y, act).
         oracle: the same in f32.
         num_gelu: columns of act that are GELU's; those in front of them are not compared.
         turns: rotations of a sample; fewer where the reference is so slow that a sample would take long.
         rounds: samples of a candidate; their median counts.
     """
     defined = functools.partial(_defined, num_gelu=num_gelu)
-    expected = defined(jax.jit(oracle)(weights[0]))
+    expected = defined(jax.jit(oracle)(operands[0]))
     run_reference = jax.jit(reference)
     allowed = [
         tolerance.allowed_error(float(tolerance.relative_error(got, wanted)), got.dtype)
-        for got, wanted in zip(defined(run_reference(weights[0])), expected, strict=True)
+        for got, wanted in zip(defined(run_reference(operands[0])), expected, strict=True)
     ]
     begin = time.perf_counter()
-    jax.block_until_ready(run_reference(weights[0]))
-    rotation_s = len(weights) * (time.perf_counter() - begin)
+    jax.block_until_ready(run_reference(operands[0]))
+    rotation_s = len(operands) * (time.perf_counter() - begin)
     turns = max(1, min(turns, int(_SAMPLE_S / rotation_s)))
     rejected: list[tuple[Choice, str]] = []
     samplers: dict[Choice, Callable[[], float]] = {}
     for candidate in candidates:
         try:
-            results = defined(jax.jit(candidate.run)(jnp.zeros((), jnp.float32), weights[0]))
+            results = defined(jax.jit(candidate.run)(jnp.zeros((), jnp.float32), operands[0]))
             if problem := _problem(results, expected, allowed):
                 rejected.append((candidate.choice, problem))
                 continue
             del results
-            sample = timing.compile_rotation(_step(candidate), weights, turns=turns)
+            sample = timing.compile_rotation(_step(candidate), operands, turns=turns)
             sample()
             samplers[candidate.choice] = sample
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:  # such as too little memory
@@ -381,8 +382,8 @@ def tune(
 
 
 def _step(candidate: Candidate) -> timing.Step:
-    def step(before: Array, weight: Any) -> tuple[Array, Any]:
-        return timing.with_next(*candidate.run(before, weight))
+    def step(before: Array, operands: Any) -> tuple[Array, Any]:
+        return timing.with_next(*candidate.run(before, operands))
 
     return step
 

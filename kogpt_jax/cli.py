@@ -564,14 +564,16 @@ def autotune(
     cache folder, where every later start with --implementation auto finds them. Takes minutes; nothing else should run
     on the device. Ctrl-C keeps what was measured.
     """
-    from kogpt_jax import runtime, tuning  # here, so that --help need not import JAX
+    import jax  # here, so that --help need not wait for it
+
+    from kogpt_jax import runtime, tuning
     from kogpt_jax.ops import describe, resolve_ops
     from kogpt_jax.sharding import parse_mesh
 
     num_shards = parse_mesh(mesh)[2]
     runtime.configure()
     configs = tuning.load_configs(model, shape, dtype, ["w8a16", "w8a8"] if quant is None else [quant])
-    platform = tuning.default_platform()
+    platform = jax.default_backend()
     problems = tuning.make_problems(configs, rows or tuning.DEFAULT_ROWS, platform=platform, num_shards=num_shards)
     results, path = tuning.tune_products(problems, platform=platform, progress=True)
     for line in tuning.table_lines(results):

@@ -41,13 +41,10 @@ _ENOUGH_BYTES = 2**28
 
 _BY_SHAPE = Choice("ffi")
 
+# x, weight, bias, residual.
+_Operands = tuple[Array | QuantizedArray, QuantizedArray, Array, Array | None]
 
 SHAPES = {"kogpt-6b": KOGPT_6B, "demo": DEMO}
-
-
-def default_platform() -> str:
-    """ "cpu" or "gpu": what JAX runs on."""
-    return jax.default_backend()
 
 
 def load_configs(
@@ -175,8 +172,8 @@ def table_lines(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         key = result.key
         sizes = (key.op, key.dtype, key.num_outputs, key.k_dim, key.rows)
-        before_us = "wrong" if result.before_us is None else f"{result.before_us:.1f}"
-        after = ("none", "") if result.after is None else (f"{result.after.us:.1f}", str(result.after.choice))
+        before_us = "-" if result.before_us is None else f"{result.before_us:.1f}"
+        after = ("-", "") if result.after is None else (f"{result.after.us:.1f}", str(result.after.choice))
         yield columns.format(*sizes, before_us, str(result.before), *after).rstrip()
 
 
@@ -184,25 +181,29 @@ def measure(problem: Problem, weights: Sequence[QuantizedArray]) -> autotune.Out
     """Times the ways to one product over random data, its weights on the device."""
     key, dtype = problem.key, problem.config.jax_dtype
     num_gelu = 0 if problem.num_plain is None else key.num_outputs - problem.num_plain
-    x = _random(0, (key.rows, key.k_dim), dtype)
+    activations = _random(0, (key.rows, key.k_dim), dtype)
+    x = quantize_rows(activations, implementation="reference") if key.op == "int8_gemm" else activations
     bias = _random(1, (num_gelu or key.num_outputs,), dtype)
-    residual = _random(2, (key.rows, key.num_outputs), jnp.float32) if problem.num_plain is None else None
-    behind = {"residual": residual, "gelu_from": problem.num_plain, "act_dim": problem.act_dim}
-    quantized = quantize_rows(x, implementation="reference") if key.op == "int8_gemm" else None
+    residual = None if num_gelu else _random(2, (key.rows, key.num_outputs), jnp.float32)
 
-    def reference(weight: QuantizedArray, dtype: Any = dtype) -> tuple[Array, Array | None]:
-        options = behind | {"bias": bias.astype(dtype), "out_dtype": None}
-        if quantized is not None:
-            return int8_gemm_reference(quantized, weight, dtype=jnp.dtype(dtype), **options)
+    def reference(operands: _Operands, dtype: Any = dtype) -> tuple[Array, Array | None]:
+        x, weight, bias, residual = operands
+        options = {"bias": bias.astype(dtype), "residual": residual, "out_dtype": None, **_gelu(problem)}
+        if isinstance(x, QuantizedArray):
+            return int8_gemm_reference(x, weight, dtype=jnp.dtype(dtype), **options)
         return mixed_gemm_reference(x.astype(dtype), weight, **options)
 
     return autotune.tune(
-        [_candidate(choice, problem, x, quantized, bias, behind) for choice in _choices(problem)],
-        weights,
+        [_candidate(choice, problem) for choice in _choices(problem)],
+        [(x, weight, bias, residual) for weight in weights],
         reference=reference,
         oracle=functools.partial(reference, dtype=jnp.float32),
         num_gelu=num_gelu,
     )
+
+
+def _gelu(problem: Problem) -> dict[str, int | None]:
+    return {"gelu_from": problem.num_plain, "act_dim": problem.act_dim}
 
 
 def _choices(problem: Problem) -> Iterator[Choice]:
@@ -219,29 +220,21 @@ def _tiles(config: ModelConfig) -> tuple[str, ...]:
     return next(library for library in library_info() if library.name == "cuda").tiles.get(gemm_op(config), ())
 
 
-def _candidate(
-    choice: Choice,
-    problem: Problem,
-    x: Array,
-    quantized: QuantizedArray | None,
-    bias: Array,
-    behind: dict[str, Any],
-) -> Candidate:
+def _candidate(choice: Choice, problem: Problem) -> Candidate:
     config, implementation = problem.config, cast(GemmImplementation, choice.implementation)
     tile = None
     if implementation == "ffi":
         tile = autotune.TILE_BY_SHAPE if choice.tile is None else _tiles(config).index(choice.tile)
 
-    def run(before: Array, weight: QuantizedArray) -> tuple[Array, Array | None]:
-        options = behind | {"bias": bias}
+    def run(before: Array, operands: _Operands) -> tuple[Array, Array | None]:
+        x, weight, bias, residual = operands
         if implementation == "linear":  # which fetches the weight ahead: nothing may make it just before
-            options["bias"] = bias + before.astype(bias.dtype)
+            bias = bias + before.astype(bias.dtype)
         else:
             weight = QuantizedArray(weight.qvalue, weight.scale + before)
-        if quantized is not None:
-            return int8_gemm(
-                quantized, weight, dtype=config.jax_dtype, tile=tile, implementation=implementation, **options
-            )
+        options: dict[str, Any] = {"bias": bias, "residual": residual, **_gelu(problem)}
+        if isinstance(x, QuantizedArray):
+            return int8_gemm(x, weight, dtype=config.jax_dtype, tile=tile, implementation=implementation, **options)
         if implementation == "ffi":
             return mixed_gemm(x, weight, tile=tile, implementation="ffi", **options)
         return prefill_linear(x, weight, config, OpsConfig(gemm=implementation), **options)
