@@ -36,7 +36,7 @@ FORMAT_VERSION = 1
 # For `tile`: the kernel chooses by the shape.
 TILE_BY_SHAPE = -1
 
-_SAMPLE_S = 0.2  # what a sample may take by the reference's time, but for one rotation
+_SAMPLE_S = 0.2  # what a sample may take by the reference's time, if that is two calls at least
 
 _SHIPPED_FOLDER = pathlib.Path(__file__).with_name("tuned")
 _CPU_INFO = pathlib.Path("/proc/cpuinfo")
@@ -345,7 +345,7 @@ def tune(
         reference: the op's reference in the same precision: operands -> (y, act).
         oracle: the same in f32.
         num_gelu: columns of act that are GELU's; those in front of them are not compared.
-        turns: rotations of a sample; fewer where the reference is so slow that a sample would take long.
+        turns: rotations of a sample; fewer, and over fewer operands, where the reference is slow.
         rounds: samples of a candidate; their median counts.
     """
     defined = functools.partial(_defined, num_gelu=num_gelu)
@@ -357,8 +357,9 @@ def tune(
     ]
     begin = time.perf_counter()
     jax.block_until_ready(run_reference(operands[0]))
-    rotation_s = len(operands) * (time.perf_counter() - begin)
-    turns = max(1, min(turns, int(_SAMPLE_S / rotation_s)))
+    calls = int(_SAMPLE_S / (time.perf_counter() - begin))  # that a sample has room for
+    operands = operands[: max(2, calls)]  # a call that is so slow leaves nothing in a cache anyway
+    turns = max(1, min(turns, calls // len(operands)))
     rejected: list[tuple[Choice, str]] = []
     samplers: dict[Choice, Callable[[], float]] = {}
     for candidate in candidates:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,14 @@ import small_model
 import tolerances
 from small_model import KERNEL_CONFIG, greedy, prompt
 
-from custom_ops import MAX_ROWS, QuantizedArray, autotune, make_semaphores, pages, quantize_weight
-from custom_ops.autotune import Choice, Device, Key, Timing
+from custom_ops import MAX_ROWS, make_semaphores, pages
 from kogpt_jax import KoGPT, decoding, kv_cache, ops
-from kogpt_jax.config import Dtype, Implementation, ModelConfig, OpsConfig
+from kogpt_jax.config import Dtype, Implementation, OpsConfig
 from kogpt_jax.decoding import DecodeState
 from kogpt_jax.errors import InputError
-from kogpt_jax.model import decode_linear, model_def, prefill_linear, random_leaves
-from kogpt_jax.ops import describe, layer_products, resolve_ops
-from kogpt_jax.packing import pack
+from kogpt_jax.model import decode_linear, model_def, random_leaves
+from kogpt_jax.ops import describe, resolve_ops
+from kogpt_jax.packing import pack, stack
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import make_mesh
 
@@ -99,7 +97,7 @@ def lowered(batch: int, chosen: OpsConfig) -> str:
     cache = kv_cache.make_kv_cache(config, mesh, batch, 64)
     rows = RowSampling.from_params([SamplingParams(seed=0)] * batch)
     ones = jnp.ones(batch, jnp.int32)
-    state = DecodeState(cache, ones, ones, jnp.zeros(batch, bool), rows, make_semaphores())
+    state = DecodeState(cache, ones, ones, jnp.zeros(batch, bool), rows, make_semaphores(), None)
     static = {"definition": definition, "mesh": mesh, "num_steps": 8}
     return decoding.decode_loop.lower(leaves, state, **static).as_text()
 
@@ -140,12 +138,12 @@ def test_prefill_through_its_op_is_the_same(monkeypatch):
     lengths = np.array([70, 1, 128, 33], np.int32)
     batch = lengths.size
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 128)).astype(np.int32)
-    (packed,) = pack([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)])
+    chunks = stack(pack([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]))
 
     def prefill(chosen: OpsConfig):
         cache = kv_cache.make_kv_cache(config, mesh, batch, 192)
         static = {"definition": model_def(config, ops=chosen), "mesh": mesh}
-        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), packed, **static)
+        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), chunks, **static)
 
     expected_cache, expected = prefill(REFERENCE)
     assert not calls
@@ -189,7 +187,8 @@ def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
     def logits(leaves, cache, tokens):
         def local(leaves, cache, tokens):
             model = engine._definition.merge(leaves)
-            return model.decode_step(tokens, jnp.ones_like(tokens), cache, make_semaphores())[0]
+            x, _, semaphores = model.decode_step(model.embed(tokens), jnp.ones_like(tokens), cache, make_semaphores())
+            return model.next_logits(x, semaphores)[0]
 
         specs = decoding._state_specs(engine._definition, state.sampling)
         in_specs = (engine._definition.leaf_specs(), specs.cache, specs.tokens)
@@ -217,95 +216,6 @@ def test_more_rows_than_a_call_takes(tmp_path):
     small = KoGPT(engine.config, engine.leaves, engine.mesh, implementation="reference", max_batch_size=8)
     for completion, expected in zip(together, small.generate_ids(prompts, greedy(6)), strict=True):
         assert completion.token_ids == expected.token_ids
-
-
-# -- What was measured ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def times(tmp_path, monkeypatch):
-    """Keeps times of the layers' products of a model on a made-up device."""
-    device = Device("device", "1", "2")
-    monkeypatch.setattr(autotune, "_user_folder", tmp_path)
-    monkeypatch.setattr(autotune, "find_device", lambda platform: device)
-
-    def keep(config: ModelConfig, num_shards: int = 1, **us: float) -> None:
-        entry = tuple(Timing(Choice(name), time) for name, time in us.items())
-        keys = [
-            Key.of(ops.gemm_op(config), config.jax_dtype, *shape, 300) for shape in layer_products(config, num_shards)
-        ]
-        autotune.save(device, dict.fromkeys(keys, entry))
-
-    yield keep
-    autotune._load_table.cache_clear()
-
-
-@pytest.mark.usefixtures("all_there")
-def test_auto_takes_what_was_the_fastest(times):
-    def gemm(config: ModelConfig, platform: str, num_shards: int = 1) -> str:
-        return resolve_ops(config, "auto", platform=platform, num_shards=num_shards).gemm
-
-    times(QUANTIZED, reference=3, ffi=1, linear=2)
-    times(W8A8, reference=1, ffi=2)
-    assert gemm(QUANTIZED, "gpu") == "ffi"
-    assert gemm(QUANTIZED, "cpu") == "linear"  # there is no kernel for CPUs
-    assert gemm(W8A8, "gpu") == "reference"
-    assert gemm(W8A8, "cpu") == "reference"
-    assert gemm(dataclasses.replace(QUANTIZED, dtype="bf16"), "gpu") == "reference"  # which has not been measured
-    assert gemm(dataclasses.replace(QUANTIZED, ffn_dim=224), "gpu") == "reference"
-    assert gemm(QUANTIZED, "gpu", num_shards=2) == "reference"
-    times(QUANTIZED, num_shards=2, reference=2, linear=1)
-    assert gemm(QUANTIZED, "gpu", num_shards=2) == "linear"
-    assert resolve_ops(QUANTIZED, "ffi", platform="gpu").gemm == "ffi"
-    assert resolve_ops(QUANTIZED, "reference", platform="gpu").gemm == "reference"
-    assert resolve_ops(KERNEL_CONFIG, "auto", platform="gpu").gemm == "reference"
-
-
-def test_a_gpu_that_was_not_measured_is_told_of_once(all_there, times, monkeypatch, caplog):
-    monkeypatch.setattr(autotune, "_told", set())
-    for _ in range(2):
-        assert resolve_ops(QUANTIZED, "auto", platform="gpu").gemm == "reference"
-        assert resolve_ops(QUANTIZED, "auto", platform="cpu").gemm == "reference"
-        assert resolve_ops(W8A8, "auto", platform="gpu").gemm == "ffi"
-    said = [record.getMessage() for record in caplog.records]
-    assert [message.split()[0] for message in said] == ["mixed_gemm", "int8_gemm"]
-
-
-@pytest.mark.host
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_products_in_groups_are_the_same(dtype):
-    """``gemm="linear"`` against XLA's: both products of a layer, fewer rows than a group and more."""
-    config = dataclasses.replace(QUANTIZED, dtype=dtype)
-    (in_outputs, dim), (_, act_dim) = layer_products(config)
-    rng = np.random.default_rng(0)
-    layer_norm = (
-        jnp.asarray(rng.normal(1, 0.1, dim), config.jax_dtype),
-        jnp.asarray(rng.normal(size=dim), config.jax_dtype),
-        1e-5,
-    )
-    w_in, w_out = (
-        quantize_weight(jnp.asarray(rng.normal(size=shape) / 12, jnp.float32)) for shape in layer_products(config)
-    )
-    bias = jnp.asarray(rng.normal(size=dim + config.ffn_dim), config.jax_dtype)
-    for rows in (3, 150):
-        x = jnp.asarray(rng.normal(size=(rows, dim)), jnp.float32)
-        act = jnp.asarray(rng.normal(size=(rows, act_dim)), config.jax_dtype)
-        gelu = {"layer_norm": layer_norm, "bias": bias[dim:], "gelu_from": 3 * dim, "act_dim": act_dim}
-        calls: list[tuple[jax.Array, QuantizedArray, dict[str, Any]]] = [
-            (x, w_in, gelu),
-            (act, w_out, {"bias": bias[:dim], "residual": x}),
-            (act, w_out, {"out_dtype": jnp.float32}),
-        ]
-        for value, weight, options in calls:
-            y, gelus = prefill_linear(value, weight, config, OpsConfig(gemm="linear"), **options)
-            expected_y, expected_gelus = prefill_linear(value, weight, config, OpsConfig(), **options)
-            tolerances.assert_close(y, expected_y, tolerances.MODULE[dtype], "y")
-            assert y.dtype == expected_y.dtype
-            assert (gelus is None) == (expected_gelus is None) == ("gelu_from" not in options)
-            if gelus is not None and expected_gelus is not None:
-                assert gelus.shape == expected_gelus.shape
-                got, expected = (part[:, dim:] for part in (gelus, expected_gelus))
-                tolerances.assert_close(got, expected, tolerances.MODULE[dtype], "act")
 
 
 def test_an_unknown_choice_is_refused():

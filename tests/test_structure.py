@@ -31,6 +31,7 @@ ORDER = (
     "quantize",
     "model",
     "sampling",
+    "pipeline",
     "decoding",
     "weight_files",
     "checkpoint",
