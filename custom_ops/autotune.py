@@ -159,7 +159,7 @@ def tile_index(op: str, dtype: Any, num_outputs: int, k_dim: int, rows: int) -> 
     for entry in load_table("gpu").get(key, ()):
         if entry.choice.tile in names:
             return names.index(entry.choice.tile)
-    _tell_once(key)
+    _tell_once(op, key.rows, f"up to {key.rows} rows, {num_outputs} outputs, K {k_dim}, {key.dtype}")
     return TILE_BY_SHAPE
 
 
@@ -193,7 +193,8 @@ def fastest_implementation(
     if means:
         return min(means, key=means.__getitem__)
     if platform == "gpu" and find_device(platform) is not None:
-        _tell_once(Key.of(op, dtype, *shapes[0], 1))
+        products = " and ".join(f"{num_outputs} outputs, K {k_dim}" for num_outputs, k_dim in shapes)
+        _tell_once(op, 0, f"{products}, {np.dtype(dtype).name}")
     return None
 
 
@@ -201,13 +202,14 @@ def _fastest_us(entry: Sequence[Timing], implementation: str) -> float:
     return min((timed.us for timed in entry if timed.choice.implementation == implementation), default=math.inf)
 
 
-def _tell_once(key: Key) -> None:
-    if (key.op, key.rows) not in _told:
-        _told.add((key.op, key.rows))
+def _tell_once(op: str, rows: int, what: str) -> None:
+    """Once an op and a number of rows, 0 for all."""
+    if (op, rows) not in _told:
+        _told.add((op, rows))
         _logger.warning(
-            "%s has not been timed on this device for up to %d rows (%s, %d outputs, K %d): a built-in rule chooses; "
-            "kogpt autotune measures it",
-            *(key.op, key.rows, key.dtype, key.num_outputs, key.k_dim),
+            "%s has not been timed on this device for %s: a built-in rule chooses (kogpt autotune measures it)",
+            op,
+            what,
         )
 
 

@@ -396,13 +396,7 @@ def _linear_in_groups(
     def run(semaphores: Array, group: tuple[Array, Array | None]) -> tuple[Array, list[Array]]:
         x, residual = group
         *outputs, semaphores = linear(
-            x,
-            weight,
-            residual=residual,
-            semaphores=semaphores,
-            prefetch_weight=True,  # as in `decode_linear`
-            implementation="ffi",
-            **options,
+            x, weight, residual=residual, semaphores=semaphores, implementation="ffi", **options
         )
         return semaphores, outputs
 

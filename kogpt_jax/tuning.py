@@ -228,10 +228,7 @@ def _candidate(choice: Choice, problem: Problem) -> Candidate:
 
     def run(before: Array, operands: _Operands) -> tuple[Array, Array | None]:
         x, weight, bias, residual = operands
-        if implementation == "linear":  # which fetches the weight ahead: nothing may make it just before
-            bias = bias + before.astype(bias.dtype)
-        else:
-            weight = QuantizedArray(weight.qvalue, weight.scale + before)
+        weight = QuantizedArray(weight.qvalue, weight.scale + before)
         options: dict[str, Any] = {"bias": bias, "residual": residual, **_gelu(problem)}
         if isinstance(x, QuantizedArray):
             return int8_gemm(x, weight, dtype=config.jax_dtype, tile=tile, implementation=implementation, **options)

@@ -1,6 +1,7 @@
 """What `ops.resolve_ops` takes from the times of `custom_ops.autotune`, and the way that only they choose."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ import pytest
 import tolerances
 from small_model import KERNEL_CONFIG
 
-from custom_ops import QuantizedArray, autotune, quantize_weight
+from custom_ops import LibraryInfo, QuantizedArray, _library, autotune, quantize_weight
 from custom_ops.autotune import Choice, Device, Key, Timing
-from kogpt_jax import ops
+from kogpt_jax import ops, tuning
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.model import prefill_linear
 from kogpt_jax.ops import layer_products, resolve_ops
@@ -75,6 +76,42 @@ def test_a_gpu_that_was_not_measured_is_told_of_once(all_there, times, monkeypat
         assert resolve_ops(W8A8, "auto", platform="gpu").gemm == "ffi"
     said = [record.getMessage() for record in caplog.records]
     assert [message.split()[0] for message in said] == ["mixed_gemm", "int8_gemm"]
+
+
+@pytest.mark.usefixtures("all_there")
+@pytest.mark.parametrize("quant", ["w8a16", "w8a8"])
+def test_every_way_of_a_gpu_is_called_as_it_is_named(quant, monkeypatch):
+    """As far as tracing shows: which calls, and with which tile."""
+    tiles = {"int8_gemm": ("a", "b", "c"), "mixed_gemm": ("d", "e")}
+    library = LibraryInfo("cuda", "lib.so", problem=None, version="1", source_hash="2", tiles=tiles)
+    monkeypatch.setattr(_library, "load", lambda platform: library)
+    config = dataclasses.replace(QUANTIZED, quant=quant, dtype="bf16")
+    problems = tuning.make_problems([config], [150], platform="gpu")
+    assert len(problems) == 2
+    ffi = {"": -1} | {name: index for index, name in enumerate(tiles[ops.gemm_op(config)])}
+    for problem in problems:
+        key, dtype = problem.key, config.jax_dtype
+        x: Any = jax.ShapeDtypeStruct((key.rows, key.k_dim), dtype)
+        weight, rows = (
+            jax.eval_shape(quantize_weight, jax.ShapeDtypeStruct((extent, key.k_dim), np.float32))
+            for extent in (key.num_outputs, key.rows)
+        )
+        is_in = problem.num_plain is not None
+        bias = jax.ShapeDtypeStruct((config.ffn_dim if is_in else key.num_outputs,), dtype)
+        residual = None if is_in else jax.ShapeDtypeStruct((key.rows, key.num_outputs), np.float32)
+        found = {}
+        for choice in tuning._choices(problem):
+            operands = (rows if quant == "w8a8" else x, weight, bias, residual)
+            before = jax.ShapeDtypeStruct((), np.float32)
+            text = str(jax.make_jaxpr(tuning._candidate(choice, problem).run)(before, operands))
+            targets = re.findall(r"target_name=(\w+)", text)
+            indices = [int(index) for index in re.findall(r"'tile', (?:np\.int64\()?(-?\d+)", text)]
+            found[str(choice)] = (targets, indices)
+        expected: dict[str, tuple[list[str], list[int]]] = {"reference": ([], [])}
+        expected |= {f"ffi {name}".strip(): ([f"kogpt_{key.op}"], [index]) for name, index in ffi.items()}
+        if quant == "w8a16":
+            expected["linear"] = (["kogpt_linear"], [])
+        assert found == expected
 
 
 @pytest.mark.host
