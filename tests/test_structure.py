@@ -30,6 +30,7 @@ ORDER = (
     "quantize",
     "model",
     "sampling",
+    "pipeline",
     "decoding",
     "weight_files",
     "checkpoint",
