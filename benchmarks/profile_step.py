@@ -62,7 +62,8 @@ class Decoder:
             SAMPLING[sampling], max_new_tokens=num_chunks * STEPS_PER_CHUNK + 1, ignore_eos=True
         )
         requests = model._requests(prompts(model.config, batch, prompt_len), params)
-        self._state, emitted = model._prefill(deal(requests, model.mesh.shape["data"]))
+        slots = deal(requests, model.mesh.shape["data"], multiple=model.mesh.shape["pipe"])
+        self._state, emitted = model._prefill(slots)
         self.rows, self.capacity = self._state.cache.page_table.shape[0], self._state.cache.max_len
         jax.block_until_ready(emitted)
 

@@ -212,8 +212,8 @@ def test_layers_that_do_not_divide_and_prompts_of_many_chunks(monkeypatch, name)
     assert len(chunks) > 2
     for score, other in zip(many.score_ids(prompts), one.score_ids(prompts), strict=True):
         assert score.token_ids == other.token_ids
-        logprobs = [np.array(each.logprobs[1:], np.float32) for each in (score, other)]
-        tolerances.assert_close(*logprobs, tolerances.LOGPROBS_VS_MESH)
+        logprobs, expected_logprobs = (np.array(each.logprobs[1:], np.float32) for each in (score, other))
+        tolerances.assert_close(logprobs, expected_logprobs, tolerances.LOGPROBS_VS_MESH)
 
 
 @pytest.mark.slow
