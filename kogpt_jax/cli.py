@@ -74,8 +74,8 @@ _KvDtype = Annotated[
 _Mesh = Annotated[
     str,
     typer.Option(
-        help="Devices along three axes, such as d2p1t4: data (texts are shared out), pipe (layers) and tensor (heads and "
-        "the FFN)."
+        help="Devices along three axes, such as d2p1t4: data (shares the texts), pipe (the layers), tensor (the heads "
+        "and the FFN)."
     ),
 ]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
