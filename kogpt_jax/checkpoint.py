@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kogpt_jax.config import DTYPES, Dtype, ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import write_json
-from kogpt_jax.model import ONE_DEVICE, ParamSpec, model_def, quantized_as
+from kogpt_jax.model import ParamSpec, model_def, quantized_as
 from kogpt_jax.progress import progress_bar
-from kogpt_jax.sharding import Split, named_sharding
+from kogpt_jax.sharding import ONE_DEVICE, Split, named_sharding
 from kogpt_jax.weight_files import (
     STORED_DTYPES,
     Block,

@@ -71,7 +71,13 @@ _KvDtype = Annotated[
     str | None,
     typer.Option(help="Dtype of the KV cache. Only the model's is supported yet: leave it out, or say 'none'."),
 ]
-_Mesh = Annotated[str, typer.Option(help="Devices along the data, pipe and tensor axes; only d1p1t1 is supported yet.")]
+_Mesh = Annotated[
+    str,
+    typer.Option(
+        help="Devices along three axes, such as d2p1t4: data (shares the texts), pipe (the layers), tensor (the heads "
+        "and the FFN)."
+    ),
+]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
 _Temperature = Annotated[
     float, typer.Option(help="0 takes the most likely token; larger is more varied. Finite, 0 or more.")
@@ -322,10 +328,12 @@ class _Clock:
     def report(self, engine: "kogpt_jax.KoGPT") -> None:
         """Prints the times on stderr."""
         from kogpt_jax.ops import describe  # here, so that --help need not import JAX
+        from kogpt_jax.sharding import mesh_name
 
         device = engine.mesh.devices.flat[0]
-        memory = device.memory_stats() or {}
-        peak = f", peak memory {memory['peak_bytes_in_use'] / 2**30:.2f} GiB" if "peak_bytes_in_use" in memory else ""
+        stats = [device.memory_stats() or {} for device in engine.mesh.devices.flat]
+        peaks = [memory["peak_bytes_in_use"] for memory in stats if "peak_bytes_in_use" in memory]
+        peak = f", peak memory {max(peaks) / 2**30:.2f} GiB" if peaks else ""  # of the fullest device
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
         config = engine.config
         dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
@@ -333,7 +341,7 @@ class _Clock:
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
             f"decode       {rate} ({self._num_tokens} tokens in all)",
-            f"device       {device.platform} {device.device_kind}, {dtype}{peak}",
+            f"device       {device.platform} {device.device_kind}, mesh {mesh_name(engine.mesh)}, {dtype}{peak}",
             f"ops          {describe(engine.ops)}",
         ]
         _tell("\n".join(lines) + "\n")

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from kogpt_jax.config import ModelConfig
-from kogpt_jax.sharding import Split, partition_spec
+from kogpt_jax.sharding import ONE_DEVICE, Split, partition_spec
 
 PAGE_LEN = 64  # tokens a page
 
@@ -54,11 +54,11 @@ def cache_specs(layers_per_stage: int) -> KVCache:
     return KVCache(k=pages, v=pages, page_table=page_table, lengths=lengths)
 
 
-def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:
-    """Bytes of pages that one row of ``max_len`` tokens takes, over all layers, keys and values (scratch page
-    apart)."""
-    itemsize = config.jax_dtype.itemsize
-    return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.model_dim * itemsize
+def cache_bytes_per_row(config: ModelConfig, max_len: int, split: Split = ONE_DEVICE) -> int:
+    """Bytes of pages that one row of ``max_len`` tokens takes on a device, over the layers and heads it has, keys and
+    values (scratch page apart)."""
+    num_values = split.layers_per_stage(config.num_layers) * config.model_dim // split.num_shards
+    return 2 * num_values * pages_per_row(max_len) * PAGE_LEN * config.jax_dtype.itemsize
 
 
 def pages_per_row(max_len: int) -> int:

@@ -44,11 +44,10 @@ from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import KVCache, pages_per_row
 from kogpt_jax.packing import Packed
 from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
-from kogpt_jax.sharding import Split, named_sharding, partition_spec
+from kogpt_jax.sharding import ONE_DEVICE, Split, named_sharding, partition_spec
 from kogpt_jax.vocabulary import Vocabulary
 
 DEFAULT_OPS = OpsConfig()
-ONE_DEVICE = Split()
 
 # Values of an INT8 matrix that are converted at a time, for a product with whole sequences.
 TILE_SIZE = 1 << 24

@@ -350,7 +350,6 @@ def test_bad_arguments_of_loading_are_refused_by_name(directory):
         {"quant": "w4"},
         {"implementation": "cudnn"},
         {"kv_dtype": "int8"},
-        {"mesh": "d1p2t1"},
         {"mesh": "big"},
         {"dtype": "fp8"},
     ]
