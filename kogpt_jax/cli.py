@@ -72,7 +72,13 @@ _KvDtype = Annotated[
     _KvDtypeName | None,
     typer.Option(help="Dtype of the KV cache: int8, or the model's ('none' or its name), which is the default."),
 ]
-_Mesh = Annotated[str, typer.Option(help="Devices along the data, pipe and tensor axes; only d1p1t1 is supported yet.")]
+_Mesh = Annotated[
+    str,
+    typer.Option(
+        help="Devices along three axes, such as d2p1t4: data (shares the texts), pipe (the layers), tensor (the heads "
+        "and the FFN)."
+    ),
+]
 _NanGuard = Annotated[
     bool,
     typer.Option("--nan-guard", help="Where logits are not finite, name the first layer and op that was not. Slow."),
@@ -328,10 +334,12 @@ class _Clock:
     def report(self, engine: "kogpt_jax.KoGPT") -> None:
         """Prints the times on stderr."""
         from kogpt_jax.ops import describe  # here, so that --help need not import JAX
+        from kogpt_jax.sharding import mesh_name
 
         device = engine.mesh.devices.flat[0]
-        memory = device.memory_stats() or {}
-        peak = f", peak memory {memory['peak_bytes_in_use'] / 2**30:.2f} GiB" if "peak_bytes_in_use" in memory else ""
+        stats = [device.memory_stats() or {} for device in engine.mesh.devices.flat]
+        peaks = [memory["peak_bytes_in_use"] for memory in stats if "peak_bytes_in_use" in memory]
+        peak = f", peak memory {max(peaks) / 2**30:.2f} GiB" if peaks else ""  # of the fullest device
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
         config = engine.config
         dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
@@ -340,7 +348,7 @@ class _Clock:
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
             f"decode       {rate} ({self._num_tokens} tokens in all)",
-            f"device       {device.platform} {device.device_kind}, {dtype}{peak}",
+            f"device       {device.platform} {device.device_kind}, mesh {mesh_name(engine.mesh)}, {dtype}{peak}",
             f"ops          {describe(engine.ops)}",
         ]
         _tell("\n".join(lines) + "\n")
@@ -538,6 +546,62 @@ def _finite_or_none(value: float) -> float | None:
 def _shortened(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 1] + "…"
+
+
+# -- kogpt autotune ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def autotune(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="DIR", help="Model whose sizes count, its weights unread; 'demo' if none is given."
+        ),
+    ] = None,
+    shape: Annotated[
+        Literal["kogpt-6b", "demo"] | None, typer.Option(help="In place of --model: the sizes of a known model.")
+    ] = None,
+    dtype: _DtypeOption = None,
+    quant: Annotated[
+        Literal["w8a16", "w8a8"] | None, typer.Option(help="Quantisation to measure; each if not given.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens that are read at once, prompts of a batch together; may be repeated. Each stands for what is "
+            "up to its next power of two. 16 to 8192 if not given."
+        ),
+    ] = None,
+    mesh: _Mesh = "d1p1t1",
+) -> None:
+    """Measure this machine: which way to run a layer's INT8 products is the fastest.
+
+    Times each way with random data, leaves out those whose results are wrong, and keeps the times in a file of the
+    cache folder, where every later start with --implementation auto finds them. Takes minutes; nothing else should run
+    on the device. Ctrl-C keeps what was measured.
+    """
+    import jax  # here, so that --help need not wait for it
+
+    from kogpt_jax import runtime, tuning
+    from kogpt_jax.ops import describe, resolve_ops
+    from kogpt_jax.sharding import parse_mesh
+
+    num_shards = parse_mesh(mesh)[2]
+    runtime.configure()
+    configs = tuning.load_configs(model, shape, dtype, ["w8a16", "w8a8"] if quant is None else [quant])
+    platform = jax.default_backend()
+    problems = tuning.make_problems(configs, rows or tuning.DEFAULT_ROWS, platform=platform, num_shards=num_shards)
+    results, path = tuning.tune_products(problems, platform=platform, progress=True)
+    for line in tuning.table_lines(results):
+        _emit(line + "\n")
+    for result in results:
+        for choice, reason in result.rejected:
+            _tell(f"kogpt: {result.key.op} at {result.key.rows} rows: {choice} is left out: {reason}\n")
+    for config in configs:
+        ops = resolve_ops(config, "auto", platform=platform, num_shards=num_shards)
+        _emit(f"auto with {config.quant} in {config.dtype}: {describe(ops)}\n")
+    _emit(f"kept in {path}\n")
 
 
 # -- kogpt info -------------------------------------------------------------------------------------------------------

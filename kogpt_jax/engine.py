@@ -572,8 +572,9 @@ class KoGPT:
     def _batch_bytes(self, lens: Sequence[tuple[int, int]]) -> int:
         """Device memory that a batch of (prompt, new) lengths needs beside the weights: its cache, a chunk of prefill
         and the logits."""
-        batch = power_bucket(len(lens), self.mesh.shape["data"])
-        cache = batch * kv_cache.cache_bytes_per_row(self.config, self.cache_capacity(lens))
+        batch = power_bucket(len(lens), self.mesh.shape["data"] * self.mesh.shape["pipe"])
+        capacity, split = self.cache_capacity(lens), Split.of(self.mesh)
+        cache = batch // self.mesh.shape["data"] * kv_cache.cache_bytes_per_row(self.config, capacity, split)
         num_tokens = min(sum(prompt_len for prompt_len, _ in lens), CHUNK_TOKENS)
         return cache + self._forward_bytes(num_tokens) + 2 * batch * self.config.vocab_size * 4
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Int
 from custom_ops import QuantizedArray
 from custom_ops.pages import Pages
 from kogpt_jax.config import ModelConfig
-from kogpt_jax.sharding import Split, partition_spec
+from kogpt_jax.sharding import ONE_DEVICE, Split, partition_spec
 
 PAGE_LEN = 64  # tokens a page
 
@@ -59,12 +59,13 @@ def cache_specs(config: ModelConfig, layers_per_stage: int) -> KVCache:
     return KVCache(k=pages, v=pages, page_table=page_table, lengths=lengths)
 
 
-def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:
-    """Bytes of pages that one row of ``max_len`` tokens takes, over all layers, keys and values (scratch page
-    apart)."""
+def cache_bytes_per_row(config: ModelConfig, max_len: int, split: Split = ONE_DEVICE) -> int:
+    """Bytes of pages that one row of ``max_len`` tokens takes on a device, over the layers and heads it has, keys and
+    values (scratch page apart)."""
     scale_bytes = 0 if config.kv_dtype is None else 4
     head_bytes = config.head_dim * config.cache_dtype.itemsize + scale_bytes  # of a token
-    return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.num_heads * head_bytes
+    num_heads = split.layers_per_stage(config.num_layers) * config.num_heads // split.num_shards
+    return 2 * num_heads * pages_per_row(max_len) * PAGE_LEN * head_bytes
 
 
 def make_pages(config: ModelConfig, num_pages: int, num_heads: int) -> Pages:

@@ -351,7 +351,6 @@ def test_bad_arguments_of_loading_are_refused_by_name(directory):
         {"implementation": "cudnn"},
         {"kv_dtype": "fp8"},
         {"kv_dtype": "bf16"},  # not the model's
-        {"mesh": "d1p2t1"},
         {"mesh": "big"},
         {"dtype": "fp8"},
     ]

@@ -18,7 +18,7 @@ from custom_ops.pages import valid_tokens
 from kogpt_jax import KoGPT, decoding, kv_cache, packing
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.kv_cache import PAGE_LEN, KVCache
-from kogpt_jax.sharding import make_mesh
+from kogpt_jax.sharding import Split, make_mesh
 
 INT8_CONFIG = dataclasses.replace(CONFIG, kv_dtype="int8")
 append = jax.jit(append_tokens)
@@ -150,6 +150,9 @@ def test_bytes_per_row_are_those_of_the_arrays(dtype, kv_dtype, max_len):
     head_bytes = CONFIG.head_dim + 4 if kv_dtype == "int8" else CONFIG.head_dim * config.jax_dtype.itemsize
     scratch_bytes = 2 * config.num_layers * PAGE_LEN * config.num_heads * head_bytes
     assert cache_bytes(config, 2, max_len) == 2 * per_row + scratch_bytes
+    split = Split(num_stages=2, num_shards=3)
+    assert kv_cache.cache_bytes_per_row(config, max_len, split) == per_row // 6
+    assert kv_cache.cache_bytes_per_row(dataclasses.replace(config, num_layers=3), max_len, split) == per_row // 3
     assert kv_cache.pages_per_row(max_len) == {1: 1, 63: 1, 64: 1, 65: 2, 128: 2, 150: 3}[max_len]
 
 
