@@ -16,6 +16,7 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 Quant = Literal["none", "w8a16", "w8a8"]
 QUANTS: tuple[str, ...] = get_args(Quant)
 Implementation = Literal["reference", "ffi"]
+GemmImplementation = Literal["reference", "ffi", "linear"]
 
 # One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 _TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -179,7 +180,8 @@ class OpsConfig:
     linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
     decode_attention: Implementation = "reference"
     prefill_attention: Implementation = "reference"
-    gemm: Implementation = "reference"  # layers' products of whole sequences with INT8 weights; the others are XLA's
+    # Layers' products of whole sequences with INT8 weights; the others are XLA's. "linear" (w8a16): groups of 64 rows.
+    gemm: GemmImplementation = "reference"
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:

@@ -32,6 +32,7 @@ from custom_ops import (
     decode_attention,
     int8_gemm,
     linear,
+    make_semaphores,
     mixed_gemm,
     numerics,
     prefill_attention,
@@ -374,7 +375,34 @@ def prefill_linear(
         x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
     if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
         return mixed_gemm(x, weight, implementation="ffi", **options)
+    if isinstance(weight, QuantizedArray) and ops.gemm == "linear":
+        return _linear_in_groups(x, weight, **options)
     return _dense_with(x, weight, config, **options)
+
+
+def _linear_in_groups(
+    x: Float[Array, "T K"], weight: QuantizedArray, *, residual: Float[Array, "T M"] | None, **options: Any
+) -> tuple[Array, Array | None]:
+    """The kernel of `custom_ops.linear`, as many rows at a time as it takes, in a loop: the program stays small."""
+    rows = x.shape[0]
+    group_len = min(rows, MAX_ROWS)
+    num_groups = -(-rows // group_len)
+
+    def split(array: Array) -> Array:
+        padding = num_groups * group_len - rows
+        return jnp.pad(array, ((0, padding), (0, 0))).reshape(num_groups, group_len, array.shape[1])
+
+    def run(semaphores: Array, group: tuple[Array, Array | None]) -> tuple[Array, list[Array]]:
+        x, residual = group
+        *outputs, semaphores = linear(
+            x, weight, residual=residual, semaphores=semaphores, implementation="ffi", **options
+        )
+        return semaphores, outputs
+
+    groups = (split(x), None if residual is None else split(residual))
+    _, outputs = jax.lax.scan(run, make_semaphores(), groups)
+    y, *more = (output.reshape(num_groups * group_len, output.shape[2])[:rows] for output in outputs)
+    return y, more[0] if more else None
 
 
 def _dense_with(

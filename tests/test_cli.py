@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,10 @@ from hash_weights import hash_state_dict, write_checkpoint
 
 import custom_ops
 import kogpt_jax
-from kogpt_jax import KoGPT, SamplingParams, cli
+from custom_ops import autotune
+from kogpt_jax import KoGPT, SamplingParams, cli, tuning
 from kogpt_jax.config import DTYPES
-from kogpt_jax.ops import describe
+from kogpt_jax.ops import describe, resolve_ops
 
 _ROOT = pathlib.Path(kogpt_jax.__file__).parent.parent
 _SENTENCES = [
@@ -151,13 +153,13 @@ def test_version():
 
 
 def test_help_lists_the_commands():
-    assert set(_commands()) == {"generate", "prompt", "score", "info"}
+    assert set(_commands()) == {"generate", "prompt", "score", "autotune", "info"}
     output = _output("--help")
     assert all(name in output for name in _commands())
     assert "--max-new-tokens" in _output("generate", "-h")
 
 
-@pytest.mark.parametrize("name", ["generate", "prompt", "score", "info"])
+@pytest.mark.parametrize("name", ["generate", "prompt", "score", "autotune", "info"])
 def test_every_option_has_help(name):
     for param in _commands()[name].params:
         assert param.help, param.name
@@ -178,7 +180,7 @@ def test_defaults_are_those_of_the_api():
         assert {name: own[name] for name in shared} == {name: defaults[name] for name in shared}
 
 
-@pytest.mark.parametrize("name", ["generate", "prompt", "score"])
+@pytest.mark.parametrize("name", ["generate", "prompt", "score", "autotune"])
 def test_dtypes_are_those_of_the_config(name):
     result = _invoke(name, "--dtype", "int4")
     _assert_refused(result, "--dtype", "int4", *DTYPES)
@@ -411,7 +413,7 @@ def test_generate_refuses_json_rows(checkpoint, line, named):
     _assert_refused(result, "stdin line 2", *named)
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "prompt", "info"])
+@pytest.mark.parametrize("command", ["generate", "score", "prompt", "autotune", "info"])
 def test_missing_model(tmp_path, command):
     path = tmp_path / "no\nmodel"  # the line feed stays out of the message
     _assert_refused(_invoke(command, "--model", path, stdin="나는\n"), str(tmp_path), "no\\nmodel")
@@ -517,6 +519,114 @@ def test_score_needs_two_tokens(checkpoint, monkeypatch):
     _assert_refused(_invoke("score", "--model", checkpoint, stdin="둘이\n일\n"), "stdin line 2", "at least 2", "1")
 
 
+# -- autotune ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch) -> Iterator[pathlib.Path]:
+    """Where the times of these tests go, which are no other test's."""
+    monkeypatch.setattr(autotune, "_user_folder", tmp_path / "tuned")
+    yield tmp_path / "tuned"
+    autotune._load_table.cache_clear()
+
+
+@pytest.mark.host
+def test_autotune(checkpoint, tuned):
+    """From the model's sizes to a file that a later start takes its choice from."""
+    output = _output("autotune", "--model", checkpoint, "--dtype", "fp32", "--rows", 66, "--rows", 100)
+    header, *lines = output.splitlines()
+    assert header.split()[:5] == ["op", "dtype", "outputs", "K", "rows"]
+    rows = [line.split() for line in lines[:2]]
+    # w_in and w_out of D = 32, F = 64.
+    sizes = [["mixed_gemm", "float32", "160", "32", "128"], ["mixed_gemm", "float32", "32", "96", "128"]]
+    assert [row[:5] for row in rows] == sizes
+    assert all(row[6] == "reference" and row[8] in ("reference", "linear") for row in rows)
+    assert all(0 < float(row[7]) <= float(row[5]) for row in rows)
+    (path,) = tuned.iterdir()
+    assert lines[-1] == f"kept in {path}"
+    table = autotune.load_table("cpu")
+    assert sorted((key.num_outputs, key.k_dim, key.rows) for key in table) == [(32, 96, 128), (160, 32, 128)]
+    assert all({timed.choice.implementation for timed in entry} == {"reference", "linear"} for entry in table.values())
+    config = dataclasses.replace(kogpt_jax.checkpoint.load_config(checkpoint, dtype="fp32"), quant="w8a16")
+    chosen = resolve_ops(config, "auto", platform="cpu")
+    assert lines[2] == f"auto with w8a16 in fp32: {describe(chosen)}"
+    assert lines[3].startswith("auto with w8a8 in fp32: ")
+    (report,) = _records(_output("info", "--json"))
+    assert report["ops"]["timed"]["products"] == 2
+    assert "timed products" in _output("info")
+
+
+@pytest.mark.host
+def test_autotune_says_what_is_wrong_and_takes_the_other(checkpoint, tuned, monkeypatch):
+    """`linear` a tenth too large."""
+    real = kogpt_jax.model._linear_in_groups
+
+    def wrong(*args, **kwargs):
+        y, act = real(*args, **kwargs)
+        return 1.1 * y, act
+
+    monkeypatch.setattr(kogpt_jax.model, "_linear_in_groups", wrong)
+    result = _invoke("autotune", "--model", checkpoint, "--dtype", "fp32", "--rows", "70", "--quant", "w8a16")
+    assert result.exit_code == 0
+    said = result.stderr.splitlines()
+    assert len(said) == 2
+    assert all("mixed_gemm at 128 rows: linear is left out: error 0.1" in line for line in said)
+    table = autotune.load_table("cpu")
+    assert [[timed.choice.implementation for timed in entry] for entry in table.values()] == [["reference"]] * 2
+    assert "INT8 products of prefill and scoring reference" in result.stdout
+
+
+def test_autotune_takes_each_bucket_of_rows_once(monkeypatch):
+    """And one product after the other, whose weights are made once."""
+    monkeypatch.setattr(tuning, "gemm_implementations", lambda config, **_: ("reference", "linear"))
+    configs = tuning.load_configs(None, "kogpt-6b", None, ["w8a16"])
+    problems = tuning.make_problems(configs, [2040, 16, 9, 8192], platform="cpu", num_shards=2)
+    keys = [dataclasses.astuple(problem.key) for problem in problems]
+    sizes = [(14336, 4096), (4096, 10240)]
+    assert keys == [("mixed_gemm", "bfloat16", *size, rows) for size in sizes for rows in (16, 2048, 8192)]
+    assert [(problem.num_plain, problem.act_dim) for problem in problems] == [(6144, 10240)] * 3 + [(None, None)] * 3
+
+
+@pytest.mark.host
+def test_autotune_draws_a_bar_on_a_terminal_only(checkpoint, tuned, monkeypatch, capsys):
+    configs = tuning.load_configs(str(checkpoint), None, "fp32", ["w8a16"])
+    problems = tuning.make_problems(configs, [128], platform="cpu")
+    tuning.tune_products(problems, platform="cpu", progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    tuning.tune_products(problems, platform="cpu", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2/2" in err
+    assert "mixed_gemm float32 160 x 32, 128 rows" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--rows", "0"], ["--rows", "0"]),
+        (["--model", "some", "--shape", "demo"], ["--model some", "--shape demo"]),
+        (["--quant", "w8a8"], ["nothing to measure", "w8a8 in fp16", "cpu"]),
+        (["--shape", "gpt"], ["--shape", "gpt"]),
+        (["--quant", "none"], ["--quant", "none"]),
+        (["--mesh", "4"], ["d1p1t1", "4"]),
+        (["--mesh", "d1p1t3"], ["num_heads", "3 tensor shards"]),
+    ],
+)
+def test_autotune_refuses(arguments, named, tuned):
+    _assert_refused(_invoke("autotune", *arguments), *named)
+    assert not tuned.exists()
+
+
+@pytest.mark.host
+def test_autotune_where_nothing_can_be_written(checkpoint, tuned):
+    tuned.write_text("a file in the folder's place")
+    arguments = ["--model", checkpoint, "--dtype", "fp32", "--rows", "16", "--quant", "w8a16"]
+    _assert_refused(_invoke("autotune", *arguments), "cannot be kept", str(tuned))
+
+
 # -- info -------------------------------------------------------------------------------------------------------------
 
 
@@ -531,6 +641,9 @@ def test_info_json(checkpoint, engine):
     assert [library["name"] for library in report["ops"]["libraries"]] == ["host", "cuda"]
     assert report["ops"]["jaxlib_ffi_version"] == list(custom_ops.jaxlib_ffi_version() or ())
     assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8"}
+    device = autotune.find_device("cpu")
+    timed = None if device is None else {"device": device.name, "products": len(autotune.load_table("cpu"))}
+    assert report["ops"]["timed"] == timed
     assert report["ops"]["auto"]["fp32"] == describe(engine.ops)
     kept = report["quantized_cache"]
     assert pathlib.Path(kept["directory"]).parent == pathlib.Path(report["cache_dir"])

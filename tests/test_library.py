@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import custom_ops
+import kogpt_jax
 from custom_ops import _library
 
 # -- Does it fit? -----------------------------------------------------------------------------------------------------
@@ -80,6 +82,8 @@ class FakeLibrary(ctypes.CDLL):
     def __init__(self, path):
         self.KogptOpsCudaArchitectures = lambda: b""
         self.KogptOpsCompilers = lambda: b"GNU 1.2"
+        self.KogptOpsVersion = lambda: b"1.2.3"
+        self.KogptOpsSourceHash = lambda: b"0123456789abcdef"
 
     def KogptOpsFfiVersion(self, major, minor):
         major._obj.value, minor._obj.value = 0, 9
@@ -107,6 +111,7 @@ def test_a_library_for_a_newer_ffi_is_refused_before_it_is_registered(folder, mo
     info = load_anew("cpu")
     assert info.ffi_version == (0, 9)
     assert info.compilers == ("GNU 1.2",)
+    assert (info.version, info.source_hash) == ("1.2.3", "0123456789abcdef")
     for part in ("0.9", "jaxlib " + importlib.metadata.version("jaxlib"), "newer jaxlib"):
         assert part in info.problem
     assert registered == []
@@ -131,6 +136,28 @@ print(jax.jit(lambda x: x + 1)(jnp.float32(1)))
     assert "version 0." in lines[0]
     assert "has 0.1" in lines[1]
     assert lines[2] == "2.0"
+
+
+def test_tiles_are_those_of_the_machines_gpu(monkeypatch):
+    """Asked of the library by op and compute capability, and of no one else."""
+    library = FakeLibrary("")
+    library.KogptOpsCudaArchitectures = lambda: b"90a-real"
+
+    def machine(driver, runtime, capability):
+        driver._obj.value, runtime._obj.value, capability._obj.value = 13000, 13000, 90
+
+    monkeypatch.setattr(library, "KogptOpsCudaMachine", machine, raising=False)
+    monkeypatch.setattr(_library, "jaxlib_ffi_version", lambda: (0, 9))
+    read = ("cuda", pathlib.Path("fake.so"), library)
+    assert _library._read_info(*read).tiles == {}  # without CUTLASS's headers
+
+    def tiles(op, capability):
+        return b"128x256 swizzle 1," + op + b" %d" % capability.value
+
+    monkeypatch.setattr(library, "KogptOpsGemmTiles", tiles, raising=False)
+    info = _library._read_info(*read)
+    assert info.problem is None
+    assert info.tiles == {op: ("128x256 swizzle 1", f"{op} 90") for op in ("int8_gemm", "mixed_gemm")}
 
 
 def test_a_file_that_is_no_library_is_named(folder):
@@ -177,6 +204,9 @@ def test_library_info():
     assert (host.name, host.problem, host.architectures) == ("host", None, ())
     assert pathlib.Path(str(host.path)).is_file()
     assert host.compilers
+    assert host.version == kogpt_jax.__version__
+    assert re.fullmatch("[0-9a-f]{16}", str(host.source_hash))
+    assert not host.tiles
     assert cuda.name == "cuda"
 
 

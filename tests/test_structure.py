@@ -21,6 +21,7 @@ ORDER = (
     "_version",
     "errors",
     "json_files",
+    "progress",
     "config",
     "sharding",
     "packing",
@@ -44,6 +45,7 @@ ORDER = (
     "engine",
     "",  # the package itself, which re-exports
     "text_rows",
+    "tuning",
     "info",
     "cli",
     "__main__",
