@@ -44,6 +44,7 @@ _SHOWN_CHARS = 40  # of a text in a table
 
 _Dtype = Literal["fp32", "fp16", "bf16"]
 _QuantMode = Literal["none", "w8a16", "w8a8"]
+_KvDtypeName = Literal["none", "fp32", "fp16", "bf16", "int8"]
 _Choice = Literal["auto", "ffi", "reference"]
 _Model = Annotated[
     str, typer.Option("--model", "-m", metavar="DIR", help="Hugging Face directory, or 'demo' for the shipped model.")
@@ -68,8 +69,8 @@ _Implementation = Annotated[
     typer.Option(help="What runs a decode step: ffi (this project's kernels), reference (XLA), or the faster one."),
 ]
 _KvDtype = Annotated[
-    str | None,
-    typer.Option(help="Dtype of the KV cache. Only the model's is supported yet: leave it out, or say 'none'."),
+    _KvDtypeName | None,
+    typer.Option(help="Dtype of the KV cache: int8, or the model's ('none' or its name), which is the default."),
 ]
 _Mesh = Annotated[
     str,
@@ -77,6 +78,10 @@ _Mesh = Annotated[
         help="Devices along three axes, such as d2p1t4: data (shares the texts), pipe (the layers), tensor (the heads "
         "and the FFN)."
     ),
+]
+_NanGuard = Annotated[
+    bool,
+    typer.Option("--nan-guard", help="Where logits are not finite, name the first layer and op that was not. Slow."),
 ]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
 _Temperature = Annotated[
@@ -180,6 +185,7 @@ def generate(
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
     implementation: _Implementation = "auto",
+    nan_guard: _NanGuard = False,
     input_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -221,7 +227,7 @@ def generate(
     if stream and not can_stream:
         raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
     clock = _Clock()
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, implementation)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, implementation, nan_guard)
     clock.loaded()
     prompt_ids = [_encode(engine, row) for row in rows]
 
@@ -337,6 +343,7 @@ class _Clock:
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
         config = engine.config
         dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
+        dtype += "" if config.kv_dtype is None else f", {config.kv_dtype} cache"
         lines = [
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
@@ -363,6 +370,7 @@ def prompt_loop(
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     implementation: _Implementation = "auto",
+    nan_guard: _NanGuard = False,
 ) -> None:
     """Ask for prompts and continue them, one after the other.
 
@@ -371,7 +379,7 @@ def prompt_loop(
     defaults, and a bad one ends the command.
     """
     filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, 1, implementation)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, 1, implementation, nan_guard)
     has_user = _is_terminal(sys.stdin)
     if has_user:
         with contextlib.suppress(ImportError):  # line editing; Python can be built without
@@ -487,6 +495,7 @@ def score(
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
+    nan_guard: _NanGuard = False,
     output_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -499,7 +508,7 @@ def score(
     The first token of a text has none before it and counts for nothing.
     """
     rows = _text_rows(text, file)
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size)
+    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, nan_guard=nan_guard)
     token_ids = [_encode(engine, row, at_least=2) for row in rows]
     is_json = output_format == "jsonl"
     from kogpt_jax.engine import perplexity  # here, so that --help need not import JAX
@@ -624,23 +633,24 @@ def _load(
     dtype: _Dtype | None,
     quant: _QuantMode,
     keep_quantized: bool,
-    kv_dtype: str | None,
+    kv_dtype: _KvDtypeName | None,
     mesh: str,
     max_batch_size: int,
     implementation: _Choice = "auto",
+    nan_guard: bool = False,
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too, to name the option
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
-    if kv_dtype not in (None, "none"):  # here, since a command line has no None, which is what the engine asks for
-        raise InputError(f"--kv-dtype {kv_dtype!r} is not supported yet: leave the option out")
     engine = kogpt_jax.KoGPT.from_pretrained(
         model,
         dtype=dtype,
         quant=quant,
         keep_quantized=keep_quantized,
+        kv_dtype=None if kv_dtype == "none" else kv_dtype,
         mesh=mesh,
         max_batch_size=max_batch_size,
         implementation=implementation,
+        nan_guard=nan_guard,
         progress=True,
     )
     if engine.tokenizer is None:

@@ -53,6 +53,8 @@ class ModelConfig:
     # w8a8: the same weights; where whole sequences go through a layer, its products' activations are rounded to INT8
     # too, with a scale a token. Decode steps and lm_head are as in w8a16.
     quant: Quant = "none"
+    # int8: cached keys and values in INT8 with an f32 scale a token and head. None, or dtype's name: in dtype.
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_len", "model_dim", "num_layers", "num_heads", "rotary_dim", "ffn_dim"):
@@ -71,6 +73,10 @@ class ModelConfig:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.quant not in QUANTS:
             raise InputError(f"quant must be one of {', '.join(QUANTS)}, got {self.quant!r}")
+        if self.kv_dtype not in (None, self.dtype, "int8"):
+            raise InputError(f"kv_dtype must be {self.dtype} (the model's dtype) or int8, got {self.kv_dtype!r}")
+        if self.kv_dtype == self.dtype:
+            object.__setattr__(self, "kv_dtype", None)  # one name each, so that jit's cache holds
 
     @property
     def head_dim(self) -> int:
@@ -81,6 +87,11 @@ class ModelConfig:
     def jax_dtype(self) -> np.dtype:
         """``dtype`` as JAX and NumPy know it."""
         return NUMPY_DTYPES[self.dtype]
+
+    @property
+    def cache_dtype(self) -> np.dtype:
+        """Dtype of cached keys and values."""
+        return self.jax_dtype if self.kv_dtype is None else np.dtype(np.int8)
 
     @classmethod
     def from_hf_dict(cls, hf: Mapping[str, Any], *, dtype: Dtype = "bf16", source: str = "config") -> "ModelConfig":

@@ -18,7 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from custom_ops import make_semaphores
-from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, pages_per_row
+from custom_ops.pages import Pages
+from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, make_pages, pages_per_row
 from kogpt_jax.model import GPTJ, ModelDef
 from kogpt_jax.packing import Packed
 from kogpt_jax.pipeline import from_last_stage, microbatch, run_ticks, with_microbatch
@@ -77,7 +78,7 @@ class Emitted:
 
 
 _Decoding = tuple[DecodeState, tuple[Array, ...]]  # with what it has emitted
-_Scratch = tuple[tuple[tuple[Array, ...], ...], Array]  # pages of keys and of values, and results
+_Scratch = tuple[tuple[tuple[Pages, ...], ...], Array]
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))
@@ -128,7 +129,7 @@ def prefill(
         )
         return dataclasses.replace(cache, lengths=lengths[-1]), from_last_stage(last_hidden, num_stages)
 
-    cache_spec = cache_specs(definition.layers_per_stage)
+    cache_spec = cache_specs(definition.config, definition.layers_per_stage)
     return jax.shard_map(
         local,
         mesh=mesh,
@@ -312,7 +313,7 @@ def _read_whole(
     num_heads = config.num_heads // definition.split.num_shards
     # Each row has at most one page that is not full; the last one is scratch.
     num_pages = num_tokens // PAGE_LEN + chunks.begins.shape[1] + 1
-    pages = jnp.zeros((num_pages, num_heads, PAGE_LEN, config.head_dim), config.jax_dtype)
+    pages = make_pages(config, num_pages, num_heads)
 
     def run(number: Any, x: Array, carry: _Scratch) -> tuple[Array, _Scratch]:
         # Where there is no chunk, one is read again: nobody looks at the pages or at what comes out.
@@ -386,7 +387,7 @@ def _chunks_specs(chunks: Packed) -> Packed:
 
 def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
     return DecodeState(
-        cache=cache_specs(definition.layers_per_stage),
+        cache=cache_specs(definition.config, definition.layers_per_stage),
         tokens=_ROWS,
         num_remaining=_ROWS,
         ignore_eos=_ROWS,

@@ -64,6 +64,7 @@ def _ops_report(model: str | None) -> dict[str, Any]:
     choices = {dtype: dataclasses.replace(model_config, dtype=dtype) for dtype in get_args(Dtype)}
     for quant in ("w8a16", "w8a8"):  # with the dtype of the stored weights
         choices[quant] = dataclasses.replace(model_config, quant=quant)
+    choices["int8 cache"] = dataclasses.replace(model_config, kv_dtype="int8")
     platform_name = jax.default_backend()
     device = autotune.find_device(platform_name)
     return {
@@ -103,8 +104,8 @@ def _model_report(model: str) -> dict[str, Any]:
         },
         # Of a row that may fill the whole context.
         "kv_cache_bytes_per_row": {
-            dtype: kv_cache.cache_bytes_per_row(other, num_pages * kv_cache.PAGE_LEN)
-            for dtype, other in by_dtype.items()
+            name: kv_cache.cache_bytes_per_row(other, num_pages * kv_cache.PAGE_LEN)
+            for name, other in (by_dtype | {"int8": dataclasses.replace(model_config, kv_dtype="int8")}).items()
         },
         "tokenizer": None if loaded is None else _tokenizer_report(loaded),
     }

@@ -1,6 +1,6 @@
 """Which implementation runs each op: resolved once, when an engine is built, and printed. Nothing falls back later."""
 
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -38,6 +38,7 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     `prefill_attention` and `mixed_gemm`, which "auto" leaves to XLA until whole prefills with them have been timed.
     For the layers' products of whole sequences with INT8 weights "auto" takes what was the fastest, where this device
     has been timed with such products (`custom_ops.autotune`).
+    An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
 
     Raises:
         InputError: an unknown choice, or "ffi" where it cannot work, with the reason.
@@ -48,16 +49,18 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     is_quantized = config.quant != "none"
     if choice == "auto" and platform == "cpu" and not is_quantized:
         return OpsConfig()
+    cache: dict[str, Any] = {
+        "dtype": config.jax_dtype,
+        "pages_dtype": config.cache_dtype,
+        "head_dim": config.head_dim,
+        "page_len": PAGE_LEN,
+    }
     problems = {
         "linear": _linear_problem(config, platform, num_shards),
-        "decode_attention": decode_attention_ffi_problem(
-            platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
-        ),
+        "decode_attention": decode_attention_ffi_problem(platform=platform, **cache),
     }
     if platform == "gpu":  # what has no kernel for CPUs
-        problems["prefill_attention"] = prefill_attention_ffi_problem(
-            platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
-        )
+        problems["prefill_attention"] = prefill_attention_ffi_problem(platform=platform, **cache)
         if is_quantized:
             problems["gemm"] = _gemm_problem(config, platform, num_shards)
     best: dict[str, Implementation] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}

@@ -307,6 +307,9 @@ def test_stats_go_to_stderr(checkpoint):
         assert unit == "tokens/s"
         assert rest == [f"({40 * arguments.count('--prompt')}", "tokens", "in", "all)"]
         assert lines["device"].startswith("cpu")
+        assert lines["device"].endswith(", fp32")
+    stderr = _invoke("generate", *options, "--prompt", "나는", "--kv-dtype", "int8").stderr
+    assert ", fp32, int8 cache\n" in stderr
 
 
 def test_clock_leaves_out_what_may_compile(monkeypatch):
@@ -356,7 +359,8 @@ def test_int8_weights(checkpoint):
         (["--seed", "-1"], ["seed", "-1"]),
         (["--quant", "w4a16"], ["--quant", "w4a16", "w8a16"]),
         (["--implementation", "cudnn"], ["--implementation", "cudnn", "reference"]),
-        (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "leave the option out"]),
+        (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "int8"]),
+        (["--dtype", "fp32", "--kv-dtype", "bf16"], ["kv_dtype", "bf16", "fp32", "int8"]),
         (["--mesh", "d1p2t64"], ["mesh", "d1p2t64", "128 devices"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
         (["--max-batch-size", "0"], ["--max-batch-size", "0"]),
@@ -444,7 +448,9 @@ def test_logits_that_are_not_finite(checkpoint, tmp_path, command):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     for name in ("config.json", "tokenizer.model"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), "not finite", "fp16", code=1)
+    _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), "not finite", "fp16", "--nan-guard", code=1)
+    guarded = _invoke(command, "--model", tmp_path, "--nan-guard", stdin="나는\n")
+    _assert_refused(guarded, "not finite", "w_in of layer 0, in prefill at position", code=1)
 
 
 def test_engine_errors_say_what_prompts_are_counted_from(checkpoint, monkeypatch):
@@ -640,7 +646,7 @@ def test_info_json(checkpoint, engine):
     assert report["cache_dir"] == os.environ["KOGPT_CACHE_DIR"]
     assert [library["name"] for library in report["ops"]["libraries"]] == ["host", "cuda"]
     assert report["ops"]["jaxlib_ffi_version"] == list(custom_ops.jaxlib_ffi_version() or ())
-    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8"}
+    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8", "int8 cache"}
     device = autotune.find_device("cpu")
     timed = None if device is None else {"device": device.name, "products": len(autotune.load_table("cpu"))}
     assert report["ops"]["timed"] == timed
@@ -662,7 +668,12 @@ def test_info_json(checkpoint, engine):
         "w8a16": num_int8 + 4 * num_scales + 2 * (num_params - num_int8),
     }
     # Keys and values of 32 numbers a token in the only layer.
-    assert model["kv_cache_bytes_per_row"] == {"fp32": 256 * _MAX_LEN, "fp16": 128 * _MAX_LEN, "bf16": 128 * _MAX_LEN}
+    assert model["kv_cache_bytes_per_row"] == {
+        "fp32": 256 * _MAX_LEN,
+        "fp16": 128 * _MAX_LEN,
+        "bf16": 128 * _MAX_LEN,
+        "int8": (64 + 4 * 4) * _MAX_LEN,  # and scales of two heads
+    }
     assert model["config"] == json.loads(json.dumps(dataclasses.asdict(engine.config)))
     assert model["tokenizer"]["file"] == str(checkpoint / "tokenizer.model")
     assert model["tokenizer"]["special_ids"] == {"bos": 0, "eos": 1, "unk": 2, "pad": 3, "mask": None}

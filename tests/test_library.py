@@ -258,7 +258,9 @@ def make_operands(target):
             "cos": (f32, 2, 16),
             "sin": (f32, 2, 16),
             "k_pages": (bf16, 5, 2, 16, 64),
+            "k_scales": (f32, 0),
             "v_pages": (bf16, 5, 2, 16, 64),
+            "v_scales": (f32, 0),
             "page_table": (i32, 2, 2),
             "lengths": (i32, 2),
             "num_new": (i32, 2),
@@ -266,7 +268,9 @@ def make_operands(target):
             "semaphores": (i32, custom_ops.NUM_SEMAPHORES),
             "result act": (bf16, 2, 160),
             "result k_pages": (bf16, 5, 2, 16, 64),
+            "result k_scales": (f32, 0),
             "result v_pages": (bf16, 5, 2, 16, 64),
+            "result v_scales": (f32, 0),
             "result partials": (f32, 2 * 2 * 66),
             "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
         },
@@ -302,6 +306,19 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "kogpt_prefill_attention": {"max_new": np.int64(70)},
 }
 TARGETS = ["kogpt_linear", "kogpt_decode_attention"]  # of both libraries
+
+
+def make_int8_operands():
+    """Of `decode_attention` over INT8 pages, which the Host library alone takes."""
+    operands = make_operands("kogpt_decode_attention")
+    for name in operands:
+        if name.endswith("_pages"):
+            operands[name] = operands[name].astype(jnp.int8)
+        elif name.endswith("_scales"):
+            operands[name] = jnp.ones((5, 2, 16, 1))
+    return operands
+
+
 # Of an aliased pair XLA checks that both are alike, so they are changed together, under the argument's name.
 OPERANDS = [
     (target, name) for target in TARGETS for name in make_operands(target) if name not in ALIASES[target].values()
@@ -416,6 +433,36 @@ def test_gelu_from_beyond_the_outputs_is_refused(gelu_from):
 @pytest.mark.parametrize(("target", "name"), [(target, name) for target in TARGETS for name in ALIASES[target]])
 def test_what_is_updated_in_place_must_be_aliased(target, name):
     assert_refused(target, make_operands(target), f"{target}: {name} must be aliased", without_alias=name)
+
+
+INT8_ALIASES = {"k_scales": "result k_scales", "v_scales": "result v_scales"}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["k_pages", "k_scales", "v_pages", "v_scales"])
+def test_an_int8_cache_that_does_not_fit_is_refused(name, monkeypatch):
+    target = "kogpt_decode_attention"
+    # Pages in bf16 have no scales.
+    if name.endswith("_scales"):
+        operands = make_operands(target)
+        scales = {each: jnp.ones((5, 2, 16, 1)) for each in (name, f"result {name}")}
+        assert_refused(target, operands | scales, f"{target}: {name} must have shape [0], got [5, 2, 16, 1]")
+    monkeypatch.setitem(ALIASES, target, ALIASES[target] | INT8_ALIASES)
+    operands = make_int8_operands()
+    assert not call(target, operands)[-1].any()
+    changes = {
+        "must have dtype": lambda value: value.astype(jnp.int16),
+        "must have ": lambda value: value[None],
+        "must have shape": lambda value: jnp.repeat(value, 2, 3),
+    }
+    for message, change in changes.items():
+        changed = {each: change(operands[each]) for each in (name, f"result {name}")}
+        blamed = "qkv" if name == "k_pages" and message == "must have shape" else name  # k_pages say what head_dim is
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: {blamed} {message}"):
+            call(target, operands | changed)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: {name} must be aliased"):
+        call(target, operands, without_alias=name)
+    assert not call(target, operands)[-1].any()  # the process lives, and so does the op
 
 
 @pytest.mark.host

@@ -27,6 +27,7 @@ ORDER = (
     "packing",
     "vocabulary",
     "kv_cache",
+    "nan_guard",
     "ops",
     "quantize",
     "model",
