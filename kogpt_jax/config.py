@@ -52,6 +52,9 @@ class ModelConfig:
     # w8a8: the same weights; where whole sequences go through a layer, its products' activations are rounded to INT8
     # too, with a scale a token. Decode steps and lm_head are as in w8a16.
     quant: Quant = "none"
+    # The inputs of each layer's ``w_out`` are multiplied channel by channel by an f32 parameter: what SmoothQuant takes
+    # out of them where no other parameter can.
+    has_multiplier: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_len", "model_dim", "num_layers", "num_heads", "rotary_dim", "ffn_dim"):

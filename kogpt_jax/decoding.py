@@ -9,7 +9,7 @@ all is done.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,15 @@ class Emitted:
     tokens: Int[Array, "B steps"]
     logprobs: Float[Array, "B steps"]
     all_done: Bool[Array, ""]
+
+
+class LayerInputs(NamedTuple):
+    """What a layer's two products multiply, from `layer_inputs`: arrays on the device, or fetched to the host."""
+
+    largest_in: Any  # [D] in f32: magnitude of each channel over the tokens
+    largest_out: Any  # [K]
+    rows_in: Any  # [S, D]: those of single tokens
+    rows_out: Any  # [S, K]
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache",))
@@ -195,6 +204,74 @@ def score(
     return jax.shard_map(
         local, mesh=mesh, in_specs=(definition.leaf_specs(), _ROWS_BY_LEN), out_specs=_ROWS_BY_LEN, check_vma=False
     )(list(leaves), tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"))
+def layer_inputs(
+    leaves: Sequence[Array],
+    tokens: Int[Array, "B T"],
+    is_read: Bool[Array, "B T"],
+    picked: Int[Array, " S"],
+    *,
+    definition: ModelDef,
+    mesh: Mesh,
+) -> list[LayerInputs]:
+    """What the products of each layer multiply, on a mesh of one device: largest magnitudes, and some tokens' rows.
+
+    Args:
+        leaves: parameters, in the order of ``definition.params``.
+        tokens: sequences, left-aligned.
+        is_read: what of them counts; the rest is padding.
+        picked: of the flattened tokens those whose rows are given back.
+    """
+
+    def local(leaves: Sequence[Array], tokens: Array, is_read: Array, picked: Array) -> list[LayerInputs]:
+        found = []
+        for inputs in definition.merge(leaves).layer_inputs(tokens):
+            rows = [x.reshape(tokens.size, -1) for x in inputs]
+            largest = [jnp.max(jnp.abs(x), axis=0, where=is_read.reshape(-1, 1), initial=0) for x in rows]
+            found.append(LayerInputs(*(x.astype(jnp.float32) for x in largest), *(x[picked] for x in rows)))
+        return found
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), _REPLICATED, _REPLICATED, _REPLICATED),
+        out_specs=_REPLICATED,
+        check_vma=False,
+    )(list(leaves), tokens, is_read, picked)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"), compiler_options=WITHOUT_CUDA_GRAPHS)
+def stepped_logits(
+    leaves: Sequence[Array], cache: KVCache, tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
+) -> Float[Array, "B T V"]:
+    """Logits of every position in f32, each token read by a decode step: `all_logits` through the cache.
+
+    Args:
+        leaves: parameters, in the order of ``definition.params``.
+        cache: empty, with room for T tokens.
+        tokens: sequences, left-aligned.
+    """
+
+    def local(leaves: Sequence[Array], cache: KVCache, tokens: Array) -> Array:
+        model = definition.merge(leaves)
+        num_new = jnp.ones(tokens.shape[0], jnp.int32)
+
+        def step(carry: tuple[KVCache, Array], tokens: Array) -> tuple[tuple[KVCache, Array], Array]:
+            logits, cache, semaphores = model.decode_step(tokens, num_new, *carry)
+            return (cache, semaphores), logits
+
+        _, logits = jax.lax.scan(step, (cache, make_semaphores()), tokens.T)
+        return logits.swapaxes(0, 1)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), cache_specs(definition.config.num_layers), _ROWS_BY_LEN),
+        out_specs=_ROWS_BY_LEN,
+        check_vma=False,
+    )(list(leaves), cache, tokens)
 
 
 def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tuple[DecodeState, Array, Array]:

@@ -13,7 +13,7 @@ f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatev
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,6 +85,7 @@ class Block(nnx.Module):
         self.w_out, self.w_out_scale = _matrix(
             (num_shards, model_dim, local_dim + local_ffn), ("tensor_shard", "embed", "fused"), config, k_axes=(0, 2)
         )
+        self.w_out_multiplier = _multiplier((num_shards, local_dim + local_ffn), ("tensor_shard", "fused"), config)
         self.b_ffn_out = _param((model_dim,), ("embed",), config)
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
@@ -155,9 +156,11 @@ class Block(nnx.Module):
     def _project_out(self, x: Float[Array, "B T D"], act: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), self.b_ffn_out[...]
+            multiplier = _local_multiplier(self.w_out_multiplier)
             if self.num_shards == 1:
-                return prefill_linear(act, w_out, self.config, self.ops, bias=bias, residual=x)[0]
-            out, _ = prefill_linear(act, w_out, self.config, self.ops, out_dtype=jnp.float32)
+                options: dict[str, Any] = {"bias": bias, "residual": x}
+                return prefill_linear(act, w_out, self.config, self.ops, k_multiplier=multiplier, **options)[0]
+            out, _ = prefill_linear(act, w_out, self.config, self.ops, k_multiplier=multiplier, out_dtype=jnp.float32)
             return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
 
     def decode_step(
@@ -204,10 +207,12 @@ class Block(nnx.Module):
             )
         with jax.named_scope("w_out"):
             w_out = _local_weight(self.w_out, self.w_out_scale)
+            options: dict[str, Any] = {"k_multiplier": _local_multiplier(self.w_out_multiplier)}
             if self.num_shards == 1:
-                x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=self.b_ffn_out[...], residual=x)
+                options |= {"bias": self.b_ffn_out[...], "residual": x}
+                x, semaphores = decode_linear(act, w_out, ops, semaphores, **options)
             else:
-                out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32)
+                out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32, **options)
                 x = x + jax.lax.psum(out, "tensor") + self.b_ffn_out[...].astype(jnp.float32)
         return x, (k_pages, v_pages), semaphores
 
@@ -242,6 +247,21 @@ class GPTJ(nnx.Module):
         for block in self.blocks:
             x, _ = block(x, attend)
         return self._final_norm(x)
+
+    def layer_inputs(self, tokens: Int[Array, "B T"]) -> Iterator[tuple[Float[Array, "B T D"], Float[Array, "B T K"]]]:
+        """Of each layer what ``w_in`` and ``w_out`` multiply: LayerNorm's output, and attention's beside GELU's."""
+        rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], self.config))
+        x = self.embed(tokens)
+        for block in self.blocks:
+            qkv, act = block._project_in(x)
+            heads = (*tokens.shape, block.num_local_heads, self.config.head_dim)
+            q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+            attn = causal_attention(*apply_rotary(q, k, rotary), v).reshape(*tokens.shape, -1)
+            act = jnp.concatenate([attn, act[..., attn.shape[-1] :]], axis=-1)
+            multiplier = _local_multiplier(block.w_out_multiplier)
+            multiplied = act if multiplier is None else act * multiplier
+            yield layer_norm(x, block.ln_scale[...], block.ln_bias[...], self.config), multiplied
+            x = block._project_out(x, act)
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: KVCache
@@ -380,6 +400,7 @@ def prefill_linear(
     ops: OpsConfig,
     *,
     layer_norm: tuple[Array, Array, float] | None = None,
+    k_multiplier: Array | None = None,
     bias: Array | None = None,
     residual: Float[Array, "B T M"] | None = None,
     gelu_from: int | None = None,
@@ -406,11 +427,14 @@ def prefill_linear(
     act: Array | None
     if config.quant == "w8a8":
         assert isinstance(weight, QuantizedArray)
-        quantized = quantize_rows(x, layer_norm=layer_norm, implementation=ops.gemm)
+        in_front: dict[str, Any] = {"layer_norm": layer_norm, "k_multiplier": k_multiplier}
+        quantized = quantize_rows(x, implementation=ops.gemm, **in_front)
         y, act = int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
     else:
         if layer_norm is not None:
             x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
+        if k_multiplier is not None:
+            x = (x.astype(jnp.float32) * k_multiplier).astype(config.jax_dtype)
         if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
             y, act = mixed_gemm(x, weight, implementation="ffi", **options)
         else:
@@ -512,6 +536,18 @@ def _matrix(
         nnx.Param(jnp.zeros(shape, jnp.int8), logical_axes=logical_axes, init_mean=0.0),
         nnx.Param(jnp.zeros(scale_shape, jnp.float32), logical_axes=scale_axes, init_mean=0.0),
     )
+
+
+def _multiplier(shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig) -> nnx.Param | None:
+    """What the inputs of a matrix are multiplied with, where the model has such: f32, since kernels take no other."""
+    if not config.has_multiplier:
+        return None
+    return nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=logical_axes, init_mean=1.0)
+
+
+def _local_multiplier(multiplier: nnx.Param | None) -> Array | None:
+    """A multiplier without the shard axis."""
+    return None if multiplier is None else multiplier[0]
 
 
 def _local_weight(weight: nnx.Param, scale: nnx.Param | None) -> Array | QuantizedArray:
