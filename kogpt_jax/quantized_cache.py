@@ -99,6 +99,15 @@ def load_leaves(
     return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
 
 
+def smoothing_of(entry: pathlib.Path) -> list[dict[str, dict[str, float]]]:
+    """What was found for each layer of a smoothed entry: "strength", "error" and "error_without" of each product.
+
+    Raises:
+        InputError: the entry has no such record.
+    """
+    return read_json_object(entry / SMOOTHING_FILE)["layers"]
+
+
 def find_entry(
     source: pathlib.Path, config: ModelConfig, calibration: Calibration | None = None
 ) -> pathlib.Path | None:

@@ -21,6 +21,7 @@ ORDER = (
     "_version",
     "errors",
     "json_files",
+    "environment",
     "progress",
     "config",
     "sharding",
@@ -44,6 +45,7 @@ ORDER = (
     "engine",
     "",  # the package itself, which re-exports
     "text_rows",
+    "evaluation",
     "info",
     "cli",
     "__main__",
