@@ -662,9 +662,8 @@ def eval_perplexity(
         task, names, json_file, progress=True, tell=lambda line: _tell(f"kogpt: {line}\n")
     )
     _emit(evaluation.heading(result) + "\n")
-    _emit(
-        f"{'mode':<18}{'phase':<9}{'perplexity':>10}{'change %':>11}{'logit error':>13}{'agreement':>11}{'tokens/s':>11}\n"
-    )
+    columns = f"{'perplexity':>10}{'change %':>11}{'logit error':>13}{'agreement':>11}{'tokens/s':>11}"
+    _emit(f"{'mode':<18}{'phase':<9}{columns}\n")
     for name, phase, row in evaluation.table_rows(result):
         speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.0f}"
         _emit(
