@@ -39,7 +39,8 @@ def _cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def task_of(directory: pathlib.Path, **options: Any) -> PerplexityTask:
-    return PerplexityTask(**{"model": str(directory), "text": directory / "text.txt", "dtype": "fp32"} | options)
+    defaults: dict[str, Any] = {"model": str(directory), "text": directory / "text.txt", "dtype": "fp32"}
+    return PerplexityTask(**defaults | options)
 
 
 # -- Windows ----------------------------------------------------------------------------------------------------------
@@ -156,7 +157,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_finished_modes_are_kept(directory, tmp_path, measured):
-    file, told = tmp_path / "out.json", []
+    file = tmp_path / "out.json"
+    told: list[str] = []
     task = task_of(directory)
     with pytest.raises(KeyboardInterrupt):
         measure_perplexity(task, ["fp32", "fp16"], file, tell=told.append)
@@ -175,7 +177,8 @@ def test_finished_modes_are_kept(directory, tmp_path, measured):
 
 @pytest.mark.parametrize("changed", ["stride", "outliers", "text", "environment", "weights"])
 def test_other_settings_start_anew(directory, tmp_path, measured, monkeypatch, changed):
-    file, told = tmp_path / "out.json", []
+    file = tmp_path / "out.json"
+    told: list[str] = []
     measure_perplexity(task_of(directory), ["fp32"], file, tell=told.append)
     task = task_of(directory)
     if changed == "text":

@@ -223,7 +223,7 @@ def test_the_search_takes_the_least_error():
 
 def test_nothing_is_smoothed_where_that_is_best():
     rng = np.random.default_rng(0)
-    rows, weight = (rng.choice(np.float32([-127, 127]), (count, 32)) for count in (40, 24))
+    rows, weight = (127 * rng.choice(np.array([-1, 1], np.float32), (count, 32)) for count in (40, 24))
     weight[:, 3] /= 127  # integers: without smoothing nothing is lost
     choice = smoothing.search(np.abs(rows).max(axis=0), rows, jnp.asarray(weight), (0.3, 0.9))
     assert (choice.strength, choice.error, choice.error_without) == (0.0, 0.0, 0.0)
