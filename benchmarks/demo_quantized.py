@@ -24,6 +24,7 @@ from jaxtyping import Array
 from kogpt_jax import KoGPT, decoding
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, Quant
 from kogpt_jax.demo import DIRECTORY, data
+from kogpt_jax.packing import pack
 
 BATCH = 64
 
@@ -35,17 +36,15 @@ def compare(reference: KoGPT, model: KoGPT, rows: Sequence[Sequence[int]]) -> di
     num_tokens = 0
     for first in range(0, len(rows), BATCH):
         group = rows[first : first + BATCH]
-        width = -(-len(group[-1]) // 32) * 32  # few different lengths, or each group compiles anew
-        tokens = np.zeros((BATCH, width), np.int32)
-        is_predicted = np.zeros((BATCH, width), bool)
-        for slot, row in enumerate(group):
-            tokens[slot, : len(row)] = row
-            is_predicted[slot, : len(row) - 1] = True
+        (packed,) = pack(group + [[]] * (BATCH - len(group)))  # as many rows, or the last group compiles anew
+        is_predicted = np.zeros(len(packed.tokens), bool)
+        for begin, row in zip(packed.begins, group, strict=False):
+            is_predicted[begin : begin + len(row) - 1] = True
         logits = [
-            decoding.all_logits(engine.leaves, tokens, definition=engine._definition, mesh=engine.mesh)
+            decoding.all_logits(engine.leaves, packed, definition=engine._definition, mesh=engine.mesh)
             for engine in (reference, model)
         ]
-        totals += np.asarray(_sums(*logits, jnp.asarray(tokens), jnp.asarray(is_predicted)), np.float64)
+        totals += np.asarray(_sums(*logits, packed.tokens, jnp.asarray(is_predicted)), np.float64)
         num_tokens += int(is_predicted.sum())
     nats, model_nats, agreeing = totals / num_tokens
     return {
@@ -60,10 +59,10 @@ def compare(reference: KoGPT, model: KoGPT, rows: Sequence[Sequence[int]]) -> di
 @jax.jit
 def _sums(logits: Array, other: Array, tokens: Array, is_predicted: Array) -> Array:
     """Negative log-probabilities of the tokens that follow, by both, and the number of tokens that both like best."""
-    targets = jnp.roll(tokens, -1, axis=1)[..., None]
+    targets = jnp.roll(tokens, -1)[:, None]
 
     def nats(logits: Array) -> Array:
-        logprobs = jnp.take_along_axis(logits, targets, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+        logprobs = jnp.take_along_axis(logits, targets, axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         return -jnp.sum(jnp.where(is_predicted, logprobs, 0))
 
     agrees = jnp.argmax(logits, axis=-1) == jnp.argmax(other, axis=-1)

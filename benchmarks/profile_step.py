@@ -14,6 +14,7 @@ profiler beside it. A trace of another layout than expected goes into the JSON a
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import os
@@ -27,15 +28,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from bench_generate import SAMPLING, add_model_arguments, make_model, prompts, read_bandwidth, step_bytes
 from environment import environment, write_result
 
-from kogpt_jax import KoGPT, decoding, kv_cache
+from kogpt_jax import KoGPT, decoding
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.ops import describe
-from kogpt_jax.sampling import RowSampling
 
 SCOPES = ("w_in", "attention", "w_out", "lm_head", "sample")  # jax.named_scope in the model
 # Rows of a device that tell again, by operation or module, what its streams did.
@@ -58,22 +57,12 @@ class Decoder:
     def __init__(self, model: KoGPT, batch: int, prompt_len: int, num_chunks: int, sampling: str):
         self._model = model
         self._static: dict[str, Any] = {"definition": model._definition, "mesh": model.mesh}
-        rows = prompts(model.config, batch, prompt_len)
-        tokens, lengths = model._pad(rows)
-        max_new_tokens = num_chunks * STEPS_PER_CHUNK + 1
-        self.capacity = model.cache_capacity([(prompt_len, max_new_tokens)])
-        self.rows = tokens.shape[0]
-        params = [SAMPLING[sampling]] * self.rows
-        self._state, emitted = decoding.prefill(
-            model.leaves,
-            kv_cache.make_kv_cache(model.config, model.mesh, self.rows, self.capacity),
-            tokens,
-            lengths,
-            jnp.full(self.rows, max_new_tokens, jnp.int32),
-            jnp.ones(self.rows, bool),
-            RowSampling.from_params(params),
-            **self._static,
+        params = dataclasses.replace(
+            SAMPLING[sampling], max_new_tokens=num_chunks * STEPS_PER_CHUNK + 1, ignore_eos=True
         )
+        requests = model._requests(prompts(model.config, batch, prompt_len), params)
+        self._state, emitted = model._prefill(requests)
+        self.rows, self.capacity = self._state.cache.page_table.shape[0], self._state.cache.max_len
         jax.block_until_ready(emitted)
 
     def run(self, num_chunks: int) -> float:

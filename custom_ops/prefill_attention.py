@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from custom_ops import _arguments, _library, numerics
 from custom_ops import pages as kv_pages
@@ -18,8 +18,10 @@ MAX_ATTENTION_ROWS = 1024  # with implementation "ffi"
 
 # The CUDA kernels list tiles of this many queries of a row, or of more.
 _MIN_TILE_QUERIES = 64
-# The reference takes this many queries at a time, so that scores take [N, block, max_pages * page_len].
+# The reference takes this many queries of a row at a time, and so many rows together that their scores,
+# [rows, N, block, max_pages * page_len], take these bytes at most.
 _QUERY_BLOCK = 256
+SCORE_BYTES = 1 << 26
 
 
 def prefill_attention(
@@ -106,6 +108,18 @@ def prefill_attention(
     return act, k_pages, v_pages, semaphores
 
 
+def token_rows(
+    begins: Int32[Array, " B"], num_new: Int32[Array, " B"], total_tokens: int
+) -> tuple[Int32[Array, " total_tokens"], Int32[Array, " total_tokens"], Bool[Array, " total_tokens"]]:
+    """Whose the packed tokens are: the row of each, which of the row's new tokens it is, and whether it is one. Tokens
+    of no row come with row 0 and index 0."""
+    index = jnp.arange(total_tokens, dtype=jnp.int32) - begins[:, None]
+    is_of_row = (index >= 0) & (index < num_new[:, None])
+    row = jnp.argmax(is_of_row, axis=0).astype(jnp.int32)
+    is_valid = jnp.any(is_of_row, axis=0)
+    return row, jnp.where(is_valid, jnp.take_along_axis(index, row[None], axis=0)[0], 0), is_valid
+
+
 def prefill_attention_reference(
     qkv: Float[Array, "total_tokens qkv_dim"],
     rotary: tuple[Array, Array],
@@ -119,7 +133,7 @@ def prefill_attention_reference(
     *,
     max_new: int | None = None,
 ) -> tuple[Array, Array, Array]:
-    """`prefill_attention` in `jax.numpy`, row after row. Tokens of no row go to the scratch page."""
+    """`prefill_attention` in `jax.numpy`, a few rows at a time. Tokens of no row go to the scratch page."""
     _, num_heads, page_len, head_dim = k_pages.shape
     (total_tokens, _), (batch, max_pages) = act.shape, page_table.shape
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
@@ -129,10 +143,8 @@ def prefill_attention_reference(
     cos, sin = (table[None, :, None, :] for table in rotary)
     q, k = apply_rotary(q, k, (cos, sin))
 
-    index = jnp.arange(total_tokens) - begins[:, None]  # of a token in a row, if it is one of its
-    is_of_row = (index >= 0) & (index < jnp.minimum(num_new, max_pages * page_len - lengths)[:, None])
-    is_valid, row_of_token = jnp.any(is_of_row, axis=0), jnp.argmax(is_of_row, axis=0)
-    index = jnp.where(is_valid, jnp.take_along_axis(index, row_of_token[None], axis=0)[0], 0)
+    most = max_pages * page_len - lengths
+    row_of_token, index, is_valid = token_rows(begins, jnp.minimum(num_new, most), total_tokens)
     positions = (lengths[row_of_token] + index)[:, None]
     where = (page_table[row_of_token], positions, is_valid[:, None])
     k_pages = kv_pages.append(k_pages, k.swapaxes(0, 1), *where)
@@ -160,7 +172,9 @@ def prefill_attention_reference(
         blocks = jax.lax.map(attend_block, jnp.arange(0, max_new, block))
         return blocks.reshape(-1, num_heads * head_dim)
 
-    rows = jax.lax.map(attend_row, (page_table, begins, lengths, lengths + num_new))
+    row_bytes = 4 * num_heads * block * max_pages * page_len
+    together = min(batch, max(1, SCORE_BYTES // row_bytes))
+    rows = jax.lax.map(attend_row, (page_table, begins, lengths, lengths + num_new), batch_size=together)
     width = num_heads * head_dim
     out = jnp.where(is_valid[:, None], rows[row_of_token, jnp.minimum(index, rows.shape[1] - 1)], act[:, :width])
     return jnp.concatenate([out, act[:, width:]], axis=1), k_pages, v_pages

@@ -26,8 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kogpt_jax.config import DTYPES, Dtype, ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import write_json
-from kogpt_jax.model import ParamSpec, model_def, quantized_as
-from kogpt_jax.sharding import named_sharding
+from kogpt_jax.model import ONE_DEVICE, ParamSpec, model_def, quantized_as
+from kogpt_jax.sharding import Split, named_sharding
 from kogpt_jax.weight_files import (
     STORED_DTYPES,
     Block,
@@ -52,9 +52,9 @@ MAX_SHARD_BYTES = 5_000_000_000  # of a weight file, unless a single tensor take
 class _Entry:
     """One of our parameters: the stored tensors that make it up, each with its shape in the project's letters.
 
-    ``stacked`` says how they lie in the leaf: side by side along the rows or the columns of each tensor shard, which
-    holds the same share of every part; "once" where all parts are the same values, which all shards share; None for a
-    parameter that is one stored tensor and has no shard axis.
+    ``stacked`` says how they lie in a layer's share of the leaf: side by side along the rows or the columns of each
+    tensor shard, which holds the same share of every part; "once" where all parts are the same values, which all shards
+    share; None for a parameter that is one stored tensor and has no shard axis.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -117,7 +117,8 @@ _BUFFERS = ("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias")
 class _Piece:
     """``leaf[dst] = stored[src]``: what of one stored tensor goes to one place of a leaf.
 
-    ``dst`` has one axis more than ``src`` where the leaf has a shard axis; that axis comes first and has extent 1.
+    ``dst`` has the axes of ``src`` behind those of stages and of tensor shards, where the leaf has such; of these it
+    takes one each.
     """
 
     key: str
@@ -126,24 +127,34 @@ class _Piece:
     dst: tuple[slice, ...]
 
 
-def _pieces(config: ModelConfig, num_shards: int) -> dict[str, tuple[_Piece, ...]]:
-    """The table for one model: parameter path -> its pieces, in writing order."""
-    paths = {param.path for param in model_def(config, num_shards).params}
+def _pieces(config: ModelConfig, split: Split) -> dict[str, tuple[_Piece, ...]]:
+    """The table for one model: parameter path -> its pieces, a stage's after another's."""
+    paths = {param.path for param in model_def(config, split).params}
     pieces = {}
     for template, entry in _TABLE.items():
-        for layer in range(config.num_layers) if "{i}" in template else (0,):
-            path = template.format(i=layer)
+        if "{i}" not in template:
+            if template in paths:
+                pieces[template] = tuple(_entry_pieces(entry, config, split.num_shards))
+            continue
+        for block in range(split.layers_per_stage(config.num_layers)):
+            path = template.format(i=block)
             if path in paths:
-                pieces[path] = tuple(_entry_pieces(entry, layer, config, num_shards))
+                layers = enumerate(split.layers_of_block(block, config.num_layers))
+                pieces[path] = tuple(
+                    dataclasses.replace(piece, key=piece.key.format(i=layer), dst=(slice(stage, stage + 1), *piece.dst))
+                    for stage, layer in layers
+                    if layer < config.num_layers  # what is left over of the last stages stays zero
+                    for piece in _entry_pieces(entry, config, split.num_shards)
+                )
     return pieces
 
 
-def _entry_pieces(entry: _Entry, layer: int, config: ModelConfig, num_shards: int) -> Iterator[_Piece]:
+def _entry_pieces(entry: _Entry, config: ModelConfig, num_shards: int) -> Iterator[_Piece]:
+    """The pieces of a parameter, of one layer if it has some: without the axis of stages, keys as in the table."""
     extents = {"V": config.vocab_size, "D": config.model_dim, "F": config.ffn_dim, "1": 1}
     axis = 1 if entry.stacked == "columns" else 0
     offset = 0  # along `axis`, within a shard
-    for template, letters in entry.parts:
-        key = template.format(i=layer)
+    for key, letters in entry.parts:
         shape = tuple(extents[letter] for letter in letters)
         whole = tuple(slice(0, extent) for extent in shape)
         if entry.stacked is None:
@@ -241,10 +252,11 @@ def load_leaves(
 ) -> list[jax.Array]:
     """Streams a checkpoint onto the devices of ``mesh``.
 
-    Each stored tensor is read once, in blocks and in the order of the disk, by threads that read ahead; of a tensor
-    whose rows are sharded, only the rows that this process's devices hold. On the host live at most one leaf that is
-    being filled, one that is under way to its device, and the buffers read ahead. A leaf stored in another dtype is
-    converted on the device, and quantised there where ``config.quant`` says so: from the values as stored.
+    Each stored tensor is read once, in blocks, by threads that read ahead; leaf after leaf in the order of the disk (a
+    leaf holds a layer of every stage); of a tensor whose rows are sharded, only the rows that this process's devices
+    hold. On the host live at most one leaf that is being filled, one that is under way to its device, and the buffers
+    read ahead. A leaf stored in another dtype is converted on the device, and quantised there where ``config.quant``
+    says so: from the values as stored. What stands for no layer or no token is zero.
 
     Args:
         path: a directory with ``model.safetensors`` or ``pytorch_model.bin``, or shards of either with their index.
@@ -254,18 +266,18 @@ def load_leaves(
         progress: show a progress bar, if stderr is a terminal.
 
     Returns:
-        The leaves in the order of ``model_def(config, mesh.shape["tensor"]).params``.
+        The leaves in the order of ``model_def(config, Split.of(mesh)).params``.
 
     Raises:
         InputError: a damaged or missing file; an unknown, missing or repeated key; a wrong shape or dtype; a value that
-            is not finite, or not finite any more in ``config.dtype``.
+            is not finite, or not finite any more in ``config.dtype``; a mesh that does not divide the model.
     """
     directory = pathlib.Path(path)
-    num_shards = mesh.shape["tensor"]
-    specs = {param.path: param for param in model_def(config, num_shards).params}
+    split = Split.of(mesh)
+    specs = {param.path: param for param in model_def(config, split).params}
     stored_config = config if is_stored_quantized else dataclasses.replace(config, quant="none")
-    pieces = _pieces(stored_config, num_shards)
-    params = model_def(stored_config, num_shards).params
+    pieces = _pieces(stored_config, split)
+    params = model_def(stored_config, split).params
     with contextlib.ExitStack() as closing:
         tensors = open_tensors(directory, closing)
         _check_keys(directory, tensors, config, pieces, params)
@@ -333,7 +345,7 @@ def _overlap(piece: _Piece, part: tuple[slice, ...]) -> tuple[tuple[slice, ...],
             return None
         local.append(slice(start - own.start, stop - own.start))
         within_piece.append(slice(start - dst.start, stop - dst.start))
-    within_piece = within_piece[len(piece.dst) - len(piece.src) :]  # without the shard axis
+    within_piece = within_piece[len(piece.dst) - len(piece.src) :]  # without those of stages and shards
     region = [
         slice(src.start + cut.start, src.start + cut.stop) for src, cut in zip(piece.src, within_piece, strict=True)
     ]
@@ -346,19 +358,24 @@ def _fill_leaf(
     stream: Iterator[tuple[Block, np.ndarray]],
     advance: Callable[[str, int], None],
 ) -> list[np.ndarray]:
-    """One host array for each of ``plan.parts``, filled from ``plan.blocks``, which come next in ``stream``."""
+    """One host array for each of ``plan.parts``, filled from ``plan.blocks``, which come next in ``stream``; zero where
+    nothing is stored."""
     dtypes = {tensors[piece.key].dtype for piece in plan.pieces}
     dtype = STORED_DTYPES[dtypes.pop() if len(dtypes) == 1 else "fp32"]  # mixed ones meet in fp32, which is exact
     arrays = [_aligned_empty(tuple(cut.stop - cut.start for cut in part), dtype) for part in plan.parts]
     # Key -> (region of the stored tensor, the view of an array that it fills, of the region's shape).
     targets: dict[str, list[tuple[tuple[slice, ...], np.ndarray]]] = {}
-    for piece in plan.pieces:
-        for part, array in zip(plan.parts, arrays, strict=True):
+    for part, array in zip(plan.parts, arrays, strict=True):
+        num_filled = 0
+        for piece in plan.pieces:
             overlap = _overlap(piece, part)
             if overlap is not None:
                 region, local = overlap
-                view = array[local] if len(local) == len(region) else array[local][0]
+                view = array[local][(0,) * (len(local) - len(region))]
                 targets.setdefault(piece.key, []).append((region, view))
+                num_filled += view.size
+        if num_filled < array.size:
+            array.fill(0)
     for _ in plan.blocks:
         block, values = next(stream)
         first = block.rows.start
@@ -451,7 +468,7 @@ def save_pretrained(
     config: ModelConfig,
     leaves: Sequence[jax.Array],
     *,
-    num_shards: int = 1,
+    split: Split = ONE_DEVICE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tokenizer_files: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
@@ -463,8 +480,8 @@ def save_pretrained(
     Args:
         directory: does not exist yet, or is empty.
         config: of the model; its ``dtype`` is the leaves'. Not quantised: transformers could not read that.
-        leaves: in the order of ``model_def(config, num_shards).params``.
-        num_shards: extent of the leaves' shard axis.
+        leaves: in the order of ``model_def(config, split).params``.
+        split: how they are cut. The files are the same however that is.
         max_shard_bytes: no weight file's tensors take more, unless a single one does.
         tokenizer_files: copied into the directory under their own names.
 
@@ -487,7 +504,7 @@ def save_pretrained(
     with renamed_when_complete(target) as temporary:
         write_json(temporary / "config.json", hf_config)
         write_json(temporary / "generation_config.json", {"eos_token_id": hf_config["eos_token_id"]})
-        write_leaves(temporary, config, leaves, num_shards, max_shard_bytes)
+        write_leaves(temporary, config, leaves, split, max_shard_bytes)
         for file in map(pathlib.Path, tokenizer_files):
             if not file.is_file():
                 raise InputError(f"tokenizer file does not exist: {file}")
@@ -500,7 +517,7 @@ def write_leaves(
     directory: pathlib.Path,
     config: ModelConfig,
     leaves: Sequence[jax.Array],
-    num_shards: int,
+    split: Split = ONE_DEVICE,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes weight files under Hugging Face's keys, tensor by tensor. Quantised matrices are INT8, each with its f32
@@ -509,17 +526,22 @@ def write_leaves(
     Raises:
         ValueError: the leaves are not those of ``config``.
     """
-    params = model_def(config, num_shards).params
+    params = model_def(config, split).params
     for param, leaf in zip(params, leaves, strict=True):
         if (leaf.shape, leaf.dtype) != (param.shape, param.dtype):
             raise ValueError(f"{param.path} must be {param.dtype}{param.shape}, got {leaf.dtype}{leaf.shape}")
     by_path = {param.path: leaf for param, leaf in zip(params, leaves, strict=True)}
+    parts_of = {
+        key: (path, tuple(group))
+        for path, pieces in _pieces(config, split).items()
+        for key, group in itertools.groupby(pieces, lambda piece: piece.key)
+    }
     tensors = []
-    for path, pieces in _pieces(config, num_shards).items():
-        for key, group in itertools.groupby(pieces, lambda piece: piece.key):
-            parts = tuple(group)
+    for pieces in _pieces(config, ONE_DEVICE).values():  # whose order is that of the files
+        for piece in pieces:
+            path, parts = parts_of[piece.key]
             fetch = functools.partial(_fetch, by_path[path], parts)
-            tensors.append(TensorToWrite(key, parts[0].shape, by_path[path].dtype, fetch))
+            tensors.append(TensorToWrite(piece.key, piece.shape, by_path[path].dtype, fetch))
     write_weights(directory, tensors, max_shard_bytes)
 
 

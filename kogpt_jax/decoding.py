@@ -8,6 +8,7 @@ all is done.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, no_type_check
 
@@ -17,8 +18,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from custom_ops import make_semaphores
-from kogpt_jax.kv_cache import KVCache, cache_specs
-from kogpt_jax.model import ModelDef
+from custom_ops.prefill_attention import token_rows
+from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, pages_per_row
+from kogpt_jax.model import GPTJ, Block, ModelDef, Watch
+from kogpt_jax.packing import Packed
 from kogpt_jax.sampling import RowSampling, sample
 from kogpt_jax.sharding import partition_spec
 
@@ -27,6 +30,9 @@ NO_TOKEN = -1  # stands where a finished row emits nothing
 # Any: in the structure of a state they stand where it has arrays.
 _ROWS: Any = partition_spec(("batch",))
 _ROWS_BY_LEN: Any = partition_spec(("batch", "q_len"))
+_ROWS_BY_EMBED: Any = partition_spec(("batch", "embed"))
+_TOKENS: Any = partition_spec(("tokens",))
+_TOKENS_BY_VOCAB: Any = partition_spec(("tokens", None))
 _REPLICATED: Any = PartitionSpec()
 
 # No CUDA graphs (XLA's command buffers) around a decode step: XLA makes one of each op's kernels and puts it into the
@@ -34,8 +40,8 @@ _REPLICATED: Any = PartitionSpec()
 # (docs/performance-notes.md).
 WITHOUT_CUDA_GRAPHS = {"xla_gpu_graph_min_graph_size": 2**31 - 1}
 
-# Positions of a row that meet lm_head together when a whole text is scored: logits take [B, block, V].
-SCORE_BLOCK = 128
+# Tokens that meet lm_head together when texts are scored: logits take [block, V].
+SCORE_BLOCK = 1024
 
 
 @functools.partial(
@@ -76,12 +82,45 @@ class LayerInputs(NamedTuple):
     rows_out: Any  # [S, K]
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))
 def prefill(
     leaves: Sequence[Array],
     cache: KVCache,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    last_hidden: Float[Array, "B D"],
+    packed: Packed,
+    *,
+    definition: ModelDef,
+    mesh: Mesh,
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    """Reads prompts, or a chunk of them, into the cache.
+
+    Args:
+        leaves: parameters, in the order of ``definition.params``.
+        cache: what the chunks before have read; donated.
+        last_hidden: the residual stream of each row's last token, f32, from the chunks before; donated.
+        packed: the chunk. Rows that have no token in it stay as they are.
+    """
+
+    def local(leaves: Sequence[Array], cache: KVCache, last_hidden: Array, packed: Packed) -> tuple[KVCache, Array]:
+        hidden, cache = definition.merge(leaves).prefill(packed, cache)
+        last = hidden[jnp.maximum(packed.begins + packed.num_new - 1, 0)]
+        return cache, jnp.where(packed.num_new[:, None] > 0, last, last_hidden)
+
+    cache_spec = cache_specs(definition.config.num_layers)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), cache_spec, _ROWS_BY_EMBED, _packed_specs(packed)),
+        out_specs=(cache_spec, _ROWS_BY_EMBED),
+        check_vma=False,
+    )(list(leaves), cache, last_hidden, packed)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache",))
+def start_decode(
+    leaves: Sequence[Array],
+    cache: KVCache,
+    last_hidden: Float[Array, "B D"],
     max_new_tokens: Int[Array, " B"],
     ignore_eos: Bool[Array, " B"],
     sampling: RowSampling,
@@ -89,33 +128,23 @@ def prefill(
     definition: ModelDef,
     mesh: Mesh,
 ) -> tuple[DecodeState, Emitted]:
-    """Reads the prompts into the cache and samples each row's first token.
+    """Samples each row's first token, once `prefill` has read the prompts. ``cache`` is donated. A row of
+    ``max_new_tokens`` 0 is padding and emits nothing."""
 
-    Args:
-        leaves: parameters, in the order of ``definition.params``.
-        cache: empty; donated.
-        tokens: prompts, left-aligned; what stands behind a prompt is ignored.
-        lengths: tokens of each prompt, at least 1. A row of ``max_new_tokens`` 0 is padding and emits nothing.
-    """
-
-    def local(
-        leaves: Sequence[Array], state: DecodeState, tokens: Array, lengths: Array
-    ) -> tuple[DecodeState, Emitted]:
+    def local(leaves: Sequence[Array], state: DecodeState, last_hidden: Array) -> tuple[DecodeState, Emitted]:
         model = definition.merge(leaves)
-        hidden, cache = model.prefill(tokens, lengths, state.cache)
-        state = dataclasses.replace(state, cache=cache)
-        state, new_tokens, logprobs = _next_token(state, model.logits(hidden), definition)
+        state, new_tokens, logprobs = _next_token(state, model.logits(last_hidden), definition)
         return state, _emitted(new_tokens[:, None], logprobs[:, None], state)
 
-    state = DecodeState(cache, lengths, max_new_tokens, ignore_eos, sampling, make_semaphores())
+    state = DecodeState(cache, jnp.zeros_like(cache.lengths), max_new_tokens, ignore_eos, sampling, make_semaphores())
     specs = _state_specs(definition, sampling)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(definition.leaf_specs(), specs, _ROWS_BY_LEN, _ROWS),
+        in_specs=(definition.leaf_specs(), specs, _ROWS_BY_EMBED),
         out_specs=(specs, _EMITTED_SPECS),
         check_vma=False,
-    )(list(leaves), state, tokens, lengths)
+    )(list(leaves), state, last_hidden)
 
 
 @functools.partial(
@@ -157,60 +186,67 @@ def decode_loop(
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"))
-def all_logits(
-    leaves: Sequence[Array], tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
-) -> Float[Array, "B T V"]:
-    """Logits of every position in f32."""
+def all_logits(leaves: Sequence[Array], packed: Packed, *, definition: ModelDef, mesh: Mesh) -> Float[Array, "T V"]:
+    """Logits of each packed token, in f32; rows begin with their first token here."""
 
-    def local(leaves: Sequence[Array], tokens: Array) -> Array:
+    def local(leaves: Sequence[Array], packed: Packed) -> Array:
         model = definition.merge(leaves)
-        return model.logits(model.hidden(tokens))
+        return definition.vocabulary.gather(model.logits(_read_whole(model, packed)))
 
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(definition.leaf_specs(), _ROWS_BY_LEN), out_specs=_ROWS_BY_LEN, check_vma=False
-    )(list(leaves), tokens)
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), _packed_specs(packed)),
+        out_specs=_TOKENS_BY_VOCAB,
+        check_vma=False,
+    )(list(leaves), packed)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"))
-def score(
-    leaves: Sequence[Array], tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
-) -> Float[Array, "B T"]:
-    """The log-probability of each token's successor: entry t is that of ``tokens[:, t + 1]``; the last is
-    meaningless."""
+def score(leaves: Sequence[Array], packed: Packed, *, definition: ModelDef, mesh: Mesh) -> Float[Array, " T"]:
+    """The log-probability of each packed token's successor: entry t is that of ``tokens[t + 1]``, and means nothing
+    for a row's last token. Rows begin with their first token here."""
 
-    def local(leaves: Sequence[Array], tokens: Array) -> Array:
+    def local(leaves: Sequence[Array], packed: Packed) -> Array:
         model = definition.merge(leaves)
-        hidden = model.hidden(tokens)
-        targets = jnp.roll(tokens, -1, axis=1)
+        hidden = _read_whole(model, packed)
 
-        batch, q_len = tokens.shape
-        num_blocks = -(-q_len // SCORE_BLOCK)
-        padding = num_blocks * SCORE_BLOCK - q_len
-
-        def blocks(x: Array) -> Array:
-            x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-            return x.reshape(batch, num_blocks, SCORE_BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-        def score_block(block: tuple[Array, Array]) -> Array:
+        def logprobs(block: tuple[Array, Array]) -> Array:
             hidden, targets = block
-            logits = model.logits(hidden)
-            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return chosen - jax.nn.logsumexp(logits, axis=-1)
+            return definition.vocabulary.logprobs(model.logits(hidden), targets)
 
+        blocks = (-1, math.gcd(packed.tokens.shape[0], SCORE_BLOCK))
+        targets = jnp.roll(packed.tokens, -1).reshape(blocks)
         # A real loop: unrolled, XLA keeps the logits of all blocks alive at once.
-        scores = jax.lax.map(score_block, (blocks(hidden), blocks(targets)))
-        return scores.swapaxes(0, 1).reshape(batch, -1)[:, :q_len]
+        return jax.lax.map(logprobs, (hidden.reshape(*blocks, hidden.shape[1]), targets)).reshape(-1)
 
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(definition.leaf_specs(), _ROWS_BY_LEN), out_specs=_ROWS_BY_LEN, check_vma=False
-    )(list(leaves), tokens)
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), _packed_specs(packed)),
+        out_specs=_TOKENS,
+        check_vma=False,
+    )(list(leaves), packed)
+
+
+def _read_whole(model: GPTJ, packed: Packed, watch: Watch | None = None) -> Float[Array, "T D"]:
+    """The residual stream of rows that are read once and not gone on with, over pages that the layers share."""
+    config = model.config
+    num_heads = config.num_heads // jax.lax.axis_size("tensor")
+    # Each row has at most one page that is not full; the last one is scratch.
+    num_pages = packed.tokens.shape[0] // PAGE_LEN + packed.begins.shape[0] + 1
+    pages = jnp.zeros((num_pages, num_heads, PAGE_LEN, config.head_dim), config.jax_dtype)
+    row_pages = -(-packed.num_new // PAGE_LEN)
+    first_pages = jnp.cumsum(row_pages) - row_pages
+    page_table = first_pages[:, None] + jnp.arange(pages_per_row(packed.max_len), dtype=jnp.int32)
+    cache = KVCache(k=(pages,), v=(pages,), page_table=page_table, lengths=jnp.zeros_like(packed.num_new))
+    return model.prefill(packed, cache, watch)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"))
 def layer_inputs(
     leaves: Sequence[Array],
-    tokens: Int[Array, "B T"],
-    is_read: Bool[Array, "B T"],
+    packed: Packed,
     picked: Int[Array, " S"],
     *,
     definition: ModelDef,
@@ -220,26 +256,29 @@ def layer_inputs(
 
     Args:
         leaves: parameters, in the order of ``definition.params``.
-        tokens: sequences, left-aligned.
-        is_read: what of them counts; the rest is padding.
-        picked: of the flattened tokens those whose rows are given back.
+        packed: rows that begin with their first token here.
+        picked: of the packed tokens those whose rows are given back.
     """
 
-    def local(leaves: Sequence[Array], tokens: Array, is_read: Array, picked: Array) -> list[LayerInputs]:
-        found = []
-        for inputs in definition.merge(leaves).layer_inputs(tokens):
-            rows = [x.reshape(tokens.size, -1) for x in inputs]
-            largest = [jnp.max(jnp.abs(x), axis=0, where=is_read.reshape(-1, 1), initial=0) for x in rows]
+    def local(leaves: Sequence[Array], packed: Packed, picked: Array) -> list[LayerInputs]:
+        found: list[LayerInputs] = []
+        _, _, is_read = token_rows(packed.begins, packed.num_new, packed.tokens.shape[0])
+
+        def watch(block: Block, x: Array, act: Array) -> None:
+            rows = block.product_inputs(x, act)
+            largest = [jnp.max(jnp.abs(x), axis=0, where=is_read[:, None], initial=0) for x in rows]
             found.append(LayerInputs(*(x.astype(jnp.float32) for x in largest), *(x[picked] for x in rows)))
+
+        _read_whole(definition.merge(leaves), packed, watch)
         return found
 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(definition.leaf_specs(), _REPLICATED, _REPLICATED, _REPLICATED),
+        in_specs=(definition.leaf_specs(), _packed_specs(packed), _REPLICATED),
         out_specs=_REPLICATED,
         check_vma=False,
-    )(list(leaves), tokens, is_read, picked)
+    )(list(leaves), packed, picked)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), compiler_options=WITHOUT_CUDA_GRAPHS)
@@ -263,7 +302,7 @@ def stepped_logits(
             return (cache, semaphores), logits
 
         _, logits = jax.lax.scan(step, (cache, make_semaphores()), tokens.T)
-        return logits.swapaxes(0, 1)
+        return definition.vocabulary.gather(logits.swapaxes(0, 1))
 
     return jax.shard_map(
         local,
@@ -277,7 +316,7 @@ def stepped_logits(
 def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tuple[DecodeState, Array, Array]:
     """Samples for the running rows and counts them down; the state's cache already holds the token before."""
     is_running = state.num_remaining > 0
-    tokens, logprobs = sample(logits, state.sampling, state.cache.lengths)
+    tokens, logprobs = sample(logits, state.sampling, state.cache.lengths, definition.vocabulary)
     eos_token_ids = jnp.array(definition.config.eos_token_ids, jnp.int32)
     is_eos = jnp.any(tokens[:, None] == eos_token_ids, axis=-1) & ~state.ignore_eos
     num_remaining = jnp.where(is_running & ~is_eos, state.num_remaining - 1, 0)
@@ -290,9 +329,13 @@ def _emitted(tokens: Array, logprobs: Array, state: DecodeState) -> Emitted:
     return Emitted(tokens, logprobs, num_running == 0)
 
 
+def _packed_specs(packed: Packed) -> Packed:
+    return dataclasses.replace(packed, tokens=_TOKENS, begins=_ROWS, num_new=_ROWS)
+
+
 def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
     return DecodeState(
-        cache=cache_specs(definition.config.num_layers),
+        cache=cache_specs(definition.layers_per_stage),
         tokens=_ROWS,
         num_remaining=_ROWS,
         ignore_eos=_ROWS,

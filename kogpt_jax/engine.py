@@ -1,8 +1,8 @@
 """`KoGPT`: a loaded model that continues and scores text. The only stateful class, and the state is fixed once loaded.
 
-A call becomes batches of rows; a batch becomes one `prefill` and as many chunks of `decode_loop` as its longest row
-needs. Batch sizes, prompt lengths and cache capacities are rounded up to buckets, so that a new length meets a program
-that is compiled already.
+A call becomes batches of rows; a batch becomes `prefill` of its packed prompts, chunk by chunk, and as many chunks of
+`decode_loop` as its longest row needs. Batch sizes, packed tokens and cache capacities are rounded up to buckets, so
+that a new length meets a program that is compiled already.
 """
 
 import collections
@@ -13,20 +13,23 @@ import operator
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from custom_ops.prefill_attention import SCORE_BYTES
 from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding, smoothing
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
-from kogpt_jax.decoding import NO_TOKEN, Emitted
+from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
+from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, deal, pack, power_bucket
 from kogpt_jax.sampling import RowSampling, SamplingParams
+from kogpt_jax.sharding import Split
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -34,7 +37,6 @@ FinishReason = Literal["stop", "length"]
 # Steps between two looks of the host at the tokens. A batch computes at most this many steps, less one, that nobody
 # needs.
 STEPS_PER_CHUNK = 8
-_SMALLEST_PROMPT_BUCKET = 16
 
 _GPTJ_DEFAULT_EOS = 50256
 
@@ -88,6 +90,10 @@ class _Request:
     max_new_tokens: int  # what params ask for, or less where the context ends before
 
 
+# A row that fills a batch up: it is read, and emits nothing.
+_PADDING = _Request(index=-1, prompt_ids=(0,), params=SamplingParams(), max_new_tokens=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class _NewTokens:
     """What a chunk added to one request."""
@@ -119,7 +125,7 @@ class KoGPT:
 
         Args:
             config: of the model.
-            leaves: parameters in the order of ``model_def(config, mesh.shape["tensor"]).params``.
+            leaves: parameters in the order of ``model_def(config, Split.of(mesh)).params``.
             mesh: from `sharding.make_mesh`.
             tokenizer: None leaves the token-id level only.
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
@@ -133,9 +139,10 @@ class KoGPT:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.leaves = tuple(leaves)
-        platform, num_shards = mesh.devices.flat[0].platform, mesh.shape["tensor"]
-        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=num_shards)
-        self._definition = model.model_def(config, num_shards, self.ops)
+        platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
+        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        self._definition = model.model_def(config, split, self.ops)
+        self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
 
@@ -168,13 +175,15 @@ class KoGPT:
                 the first and kept, if ``keep_quantized``.
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
             kv_dtype: must be None, the cache has the model's dtype.
-            mesh: "d1p1t1", others are not supported yet.
+            mesh: devices along data (rows), pipe (layers; only 1 is supported yet) and tensor (heads and FFN units),
+                such as "d2p1t4".
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             progress: show a progress bar while loading, if stderr is a terminal.
 
         Raises:
-            InputError: an unsupported argument, or anything wrong with the files; the message names it.
+            InputError: an unsupported argument, a mesh that does not divide the model or needs more devices than there
+                are, or anything wrong with the files; the message names it.
         """
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -185,7 +194,7 @@ class KoGPT:
         check_choice(implementation)
         if kv_dtype is not None:
             raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
-        extents = sharding.parse_mesh(mesh)
+        extents = _parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
@@ -198,8 +207,10 @@ class KoGPT:
                 f"more than vocab_size {config.vocab_size} of the model"
             )
         device_mesh = sharding.make_mesh(*extents)
-        # Before the weights are loaded: whether the implementation can work.
-        resolve_ops(config, implementation, platform=device_mesh.devices.flat[0].platform)
+        # Before the weights are loaded: whether the mesh divides the model, and whether the implementation can work.
+        split = model.model_def(config, Split.of(device_mesh)).split
+        platform = device_mesh.devices.flat[0].platform
+        resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
         if calibration is not None:
             config = dataclasses.replace(config, has_multiplier=True)
             text = smoothing.read_calibration(calibration, tokenizer)
@@ -230,7 +241,7 @@ class KoGPT:
         implementation: Choice = "auto",
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
-        extents = sharding.parse_mesh(mesh)
+        extents = _parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are made
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
@@ -247,7 +258,7 @@ class KoGPT:
             directory,
             self.config,
             self.leaves,
-            num_shards=self.mesh.shape["tensor"],
+            split=Split.of(self.mesh),
             max_shard_bytes=max_shard_bytes,
             tokenizer_files=() if self.tokenizer is None else self.tokenizer.files,
         )
@@ -312,9 +323,9 @@ class KoGPT:
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
-        tokens, _ = self._pad([self._checked_ids(0, token_ids)])
-        logits = decoding.all_logits(self.leaves, tokens, definition=self._definition, mesh=self.mesh)
-        return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
+        packed = self._pack_whole(deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"]))
+        logits = decoding.all_logits(self.leaves, packed, **self._static)
+        return np.asarray(logits)[: len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities and perplexity of texts.
@@ -333,13 +344,19 @@ class KoGPT:
             if len(ids) < 2:
                 raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
         scores: list[Score | None] = [None] * len(rows)
-        for group in self._batches(range(len(rows)), [len(ids) for ids in rows], [0] * len(rows)):
-            tokens, _ = self._pad([rows[index] for index in group])
-            logprobs = np.asarray(decoding.score(self.leaves, tokens, definition=self._definition, mesh=self.mesh))
-            for slot, index in enumerate(group):
-                row = logprobs[slot, : len(rows[index]) - 1].astype(np.float64)
-                self._check_finite(index, 1, row)
-                scores[index] = Score(rows[index], (None, *row.tolist()), perplexity(-row.mean()))
+        for group in self._scored_together([len(ids) for ids in rows]):
+            slots = deal(group, self.mesh.shape["data"])
+            packed = self._pack_whole([None if index is None else rows[index] for index in slots])
+            logprobs = np.asarray(decoding.score(self.leaves, packed, **self._static))
+            tokens_per_shard = len(packed.tokens) // self.mesh.shape["data"]
+            rows_per_shard = len(packed.begins) // self.mesh.shape["data"]
+            for slot, text in enumerate(slots):
+                if text is None:
+                    continue
+                begin = slot // rows_per_shard * tokens_per_shard + packed.begins[slot]
+                row = logprobs[begin : begin + len(rows[text]) - 1].astype(np.float64)
+                self._check_finite(text, 1, row)
+                scores[text] = Score(rows[text], (None, *row.tolist()), perplexity(-row.mean()))
         return [score for score in scores if score is not None]
 
     def _encode_prompts(self, prompts: str | Sequence[str]) -> list[list[int]]:
@@ -417,19 +434,18 @@ class KoGPT:
     def _run(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
         """Runs all requests, batch after batch. The batches are made here, so that a prompt too large is refused at
         once."""
-        prompt_lens = [len(request.prompt_ids) for request in requests]
-        new_lens = [request.max_new_tokens for request in requests]
-        groups = list(self._batches(range(len(requests)), prompt_lens, new_lens))
-        return itertools.chain.from_iterable(self._run_batch([requests[index] for index in group]) for group in groups)
+        groups = list(self._batches(requests))
+        return itertools.chain.from_iterable(map(self._run_batch, groups))
 
     def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
-        num_emitted = [0] * len(requests)
+        slots = deal(requests, self.mesh.shape["data"])
+        num_emitted = [0] * len(slots)
         finished: set[int] = set()
-        for emitted in self._dispatch(requests):
+        for emitted in self._dispatch(slots):
             tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
-            for slot, request in enumerate(requests):
+            for slot, request in enumerate(slots):
                 count = int(np.sum(tokens[slot] != NO_TOKEN))
-                if slot in finished or count == 0:
+                if request is None or slot in finished or count == 0:
                     continue
                 token_ids = tuple(tokens[slot, :count].tolist())
                 self._check_finite(request.index, len(request.prompt_ids) + num_emitted[slot], logprobs[slot, :count])
@@ -452,32 +468,15 @@ class KoGPT:
             return "stop"
         return "length" if num_emitted == request.max_new_tokens else None
 
-    def _dispatch(self, requests: Sequence[_Request]) -> Iterator[Emitted]:
+    def _dispatch(self, slots: Sequence[_Request | None]) -> Iterator[Emitted]:
         """Prefill and chunks of a batch. On a GPU the next chunk is under way before the host looks at the last one."""
-        tokens, lengths = self._pad([request.prompt_ids for request in requests])
-        batch = tokens.shape[0]
-        padding = [SamplingParams()] * (batch - len(requests))
-        max_new_tokens = np.zeros(batch, np.int32)
-        max_new_tokens[: len(requests)] = [request.max_new_tokens for request in requests]
-        params = [request.params for request in requests] + padding
-        capacity = self.cache_capacity([(len(request.prompt_ids), request.max_new_tokens) for request in requests])
-        static = {"definition": self._definition, "mesh": self.mesh}
-        state, emitted = decoding.prefill(
-            self.leaves,
-            kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity),
-            tokens,
-            lengths,
-            jnp.asarray(max_new_tokens),
-            jnp.asarray(np.array([row.ignore_eos for row in params])),
-            RowSampling.from_params(params),
-            **static,
-        )
-        most = int(max_new_tokens.max())
+        state, emitted = self._prefill(slots)
+        most = max(request.max_new_tokens for request in slots if request is not None)
         num_dispatched = 1
         under_way = collections.deque([emitted])
         while True:
             while num_dispatched < most and len(under_way) < self._chunks_in_flight:
-                state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **static)
+                state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **self._static)
                 under_way.append(emitted)
                 num_dispatched += STEPS_PER_CHUNK
             if not under_way:
@@ -487,65 +486,96 @@ class KoGPT:
             if emitted.all_done:
                 return
 
-    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-        """Left-aligned tokens and lengths, both axes rounded up to their buckets; a padding row holds one token."""
-        q_len = min(_bucket(max(len(row) for row in rows), _SMALLEST_PROMPT_BUCKET), self.config.max_len)
-        batch = _bucket(len(rows), self.mesh.shape["data"])
-        tokens = np.zeros((batch, q_len), np.int32)
-        lengths = np.ones(batch, np.int32)
-        for slot, row in enumerate(rows):
-            tokens[slot, : len(row)] = row
-            lengths[slot] = len(row)
-        return tokens, lengths
+    def _prefill(self, slots: Sequence[_Request | None]) -> tuple[DecodeState, Emitted]:
+        """Reads the prompts of a batch into a new cache and samples their first tokens; None is a row of padding."""
+        rows = [_PADDING if request is None else request for request in slots]
+        capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
+        cache = kv_cache.make_kv_cache(self.config, self.mesh, len(rows), capacity)
+        last_hidden = jnp.zeros((len(rows), self.config.model_dim), jnp.float32)
+        for packed in pack([row.prompt_ids for row in rows], num_shards=self.mesh.shape["data"]):
+            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, packed, **self._static)
+        return decoding.start_decode(
+            self.leaves,
+            cache,
+            last_hidden,
+            jnp.asarray(np.array([row.max_new_tokens for row in rows], np.int32)),
+            jnp.asarray(np.array([row.params.ignore_eos for row in rows])),
+            RowSampling.from_params([row.params for row in rows]),
+            **self._static,
+        )
+
+    def _pack_whole(self, slots: Sequence[Sequence[int] | None]) -> Packed:
+        """Rows that are read at once and not gone on with; None is a row of padding."""
+        rows = [() if row is None else row for row in slots]
+        (packed,) = pack(rows, num_shards=self.mesh.shape["data"], chunk_tokens=sum(len(row) for row in rows))
+        return packed
+
+    def _scored_together(self, lens: Sequence[int]) -> Iterator[list[int]]:
+        """Groups texts that fit the device, long ones first, into as many tokens as prefill reads at a time."""
+        group: list[int] = []
+        free = self._free_bytes()
+        for index in sorted(range(len(lens)), key=lambda index: lens[index], reverse=True):
+            num_tokens = sum(lens[other] for other in group) + lens[index]
+            needed = self._score_bytes(num_tokens)
+            if group and (len(group) == self.max_batch_size or num_tokens > CHUNK_TOKENS or needed > free):
+                yield group
+                group = []
+            elif needed > free:
+                raise _too_large(f"prompt {index} of {num_tokens} tokens", needed, free)
+            group.append(index)
+        yield group
 
     def cache_capacity(self, lens: Sequence[tuple[int, int]]) -> int:
         """Tokens a row of the cache must hold, in whole pages; the last token of a row is never stored."""
         longest = max(prompt_len + new_len - 1 for prompt_len, new_len in lens)
         most = kv_cache.pages_per_row(self.config.max_len) * kv_cache.PAGE_LEN
         # Every step reads all of it, so that the steps between buckets are halved: 1, 2, 3, 4, 6, 8, 12 ... pages.
-        return min(_bucket(longest, kv_cache.PAGE_LEN), _bucket(longest, 3 * kv_cache.PAGE_LEN), most)
+        return min(power_bucket(longest, kv_cache.PAGE_LEN), power_bucket(longest, 3 * kv_cache.PAGE_LEN), most)
 
-    def _batches(
-        self, indices: Sequence[int], prompt_lens: Sequence[int], new_lens: Sequence[int]
-    ) -> Iterator[list[int]]:
-        """Groups rows into batches that fit the device; longest prompts first, so that like rows pad one another
-        little."""
-        order = sorted(indices, key=lambda index: prompt_lens[index], reverse=True)
+    def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
+        """Groups requests into batches that fit the device; longest prompts first, so that rows of a batch are alike
+        and need caches of one size."""
+        order = sorted(requests, key=lambda request: len(request.prompt_ids), reverse=True)
         while order:
             size = self.max_batch_size
             while True:
                 group = order[:size]
-                needed = self._batch_bytes([(prompt_lens[index], new_lens[index]) for index in group])
+                lens = [(len(request.prompt_ids), request.max_new_tokens) for request in group]
+                needed = self._batch_bytes(lens)
                 free = self._free_bytes()
                 if needed <= free:
                     break
                 if len(group) == 1:
-                    raise InputError(
-                        f"prompt {group[0]} of {prompt_lens[group[0]]} tokens with {new_lens[group[0]]} new ones needs "
-                        f"{needed / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} GiB are free"
-                    )
-                size = _bucket(len(group), 1) // 2  # the next smaller bucket, full
+                    ((prompt_len, new_len),) = lens
+                    what = f"prompt {group[0].index} of {prompt_len} tokens with {new_len} new ones"
+                    raise _too_large(what, needed, free)
+                size = power_bucket(len(group), 1) // 2  # the next smaller bucket, full
             yield group
             order = order[size:]
 
     def _batch_bytes(self, lens: Sequence[tuple[int, int]]) -> int:
-        """Device memory a batch needs beside the weights: its cache, and the largest activations of prefill.
+        """Device memory that a batch of (prompt, new) lengths needs beside the weights: its cache, a chunk of prefill
+        and the logits."""
+        batch = power_bucket(len(lens), self.mesh.shape["data"])
+        cache = batch * kv_cache.cache_bytes_per_row(self.config, self.cache_capacity(lens))
+        num_tokens = min(sum(prompt_len for prompt_len, _ in lens), CHUNK_TOKENS)
+        return cache + self._forward_bytes(num_tokens) + 2 * batch * self.config.vocab_size * 4
 
-        Rows that get no new token are scored: they need no cache, but logits of a block of positions.
-        """
+    def _score_bytes(self, num_tokens: int) -> int:
+        """Likewise of texts that are scored together."""
         config = self.config
-        batch = _bucket(len(lens), self.mesh.shape["data"])
-        q_len = _bucket(max(prompt_len for prompt_len, _ in lens), _SMALLEST_PROMPT_BUCKET)
-        is_scored = not any(new_len for _, new_len in lens)
-        cache = 0 if is_scored else batch * kv_cache.cache_bytes_per_row(config, self.cache_capacity(lens))
-        num_logits = config.vocab_size * (decoding.SCORE_BLOCK if is_scored else 1)
-        # A layer's products in the model's dtype, residual stream and scores of one block of queries in f32.
+        scratch = 2 * kv_cache.cache_bytes_per_row(config, num_tokens) // config.num_layers  # pages may be half empty
+        return scratch + self._forward_bytes(num_tokens) + 2 * decoding.SCORE_BLOCK * config.vocab_size * 4
+
+    def _forward_bytes(self, num_tokens: int) -> int:
+        """Largest activations of a forward over so many packed tokens."""
+        config, num_tokens = self.config, bucket(num_tokens)
+        # A layer's products in the model's dtype, the residual stream in f32.
         widths = (4 * config.model_dim + 2 * config.ffn_dim) * config.jax_dtype.itemsize + 3 * config.model_dim * 4
-        scores = 2 * config.num_heads * min(q_len, model.QUERY_BLOCK) * q_len * 4
-        needed = cache + batch * (q_len * widths + scores + 2 * num_logits * 4)
+        needed = num_tokens * widths + 2 * SCORE_BYTES
         if config.quant != "none":
             # Of a product over whole sequences: a tile of its weights in the dtype, and the tile's sums in f32.
-            needed += model.TILE_SIZE * (config.jax_dtype.itemsize + batch * q_len * 4 // config.model_dim)
+            needed += model.TILE_SIZE * (config.jax_dtype.itemsize + num_tokens * 4 // config.model_dim)
         return needed
 
     def _free_bytes(self) -> float:
@@ -574,9 +604,20 @@ def resolve_eos(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig
     return config
 
 
+def _parse_mesh(name: str) -> tuple[int, int, int]:
+    extents = sharding.parse_mesh(name)
+    if extents[1] > 1:
+        raise InputError(f"mesh {name!r} is not supported yet: only 1 along pipe")
+    return extents
+
+
 def _check_max_batch_size(max_batch_size: int) -> None:
     if not isinstance(max_batch_size, int) or max_batch_size < 1:
         raise InputError(f"max_batch_size must be at least 1, got {max_batch_size!r}")
+
+
+def _too_large(what: str, needed: float, free: float) -> InputError:
+    return InputError(f"{what} needs {needed / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} GiB are free")
 
 
 def _available_host_bytes() -> float:
@@ -587,8 +628,3 @@ def _available_host_bytes() -> float:
         return math.inf
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _bucket(size: int, smallest: int) -> int:
-    """The least power of two times ``smallest`` that is at least ``size``."""
-    return smallest * 2 ** max(0, math.ceil(math.log2(size / smallest)))

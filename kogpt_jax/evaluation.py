@@ -33,6 +33,7 @@ from kogpt_jax.environment import environment, write_result
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import model_def
+from kogpt_jax.packing import pack
 from kogpt_jax.progress import counting
 from kogpt_jax.sharding import make_mesh
 from kogpt_jax.text_files import line_documents, read_text_file
@@ -371,7 +372,8 @@ def _batches(
 def _logits(engine: KoGPT, tokens: Int[np.ndarray, "B T"], phase: Phase) -> Float[Array, "B T V"]:
     static: dict[str, Any] = {"definition": engine._definition, "mesh": engine.mesh}
     if phase == "prefill":
-        return decoding.all_logits(engine.leaves, tokens, **static)
+        (packed,) = pack(tokens.tolist(), chunk_tokens=tokens.size)
+        return decoding.all_logits(engine.leaves, packed, **static)[: tokens.size].reshape(*tokens.shape, -1)
     cache = kv_cache.make_kv_cache(engine.config, engine.mesh, *tokens.shape)
     return decoding.stepped_logits(engine.leaves, cache, tokens, **static)
 

@@ -7,6 +7,9 @@
 Tokens are left-aligned: token j of row b lies in page ``page_table[b, j // PAGE_LEN]`` at offset ``j % PAGE_LEN``, and
 key j is valid iff ``j < lengths[b]``. What lies beyond is never read into a result, whatever it holds. The last page
 of the pool is a scratch page that stands in no page table: writes that shall have no effect go there.
+
+On a mesh each device has a pool of its own, with the pages of its rows, of its stage's layers and of its heads, and
+numbers them from 0: the stages of a pipeline share one page table.
 """
 
 import dataclasses
@@ -15,11 +18,11 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from kogpt_jax.config import ModelConfig
-from kogpt_jax.sharding import named_sharding, partition_spec
+from kogpt_jax.sharding import Split, partition_spec
 
 PAGE_LEN = 64  # tokens a page
 
@@ -30,7 +33,7 @@ _PAGES_AXES = ("pages", "heads", "kv_len", "head_dim")
 @dataclasses.dataclass(frozen=True)
 @no_type_check  # JAX and `cache_specs` put other things than arrays into the same structure
 class KVCache:
-    """The cache of a batch: one array of pages per layer for keys and one for values."""
+    """The cache of a batch: one array of pages per layer of a stage for keys and one for values."""
 
     k: tuple[Float[Array, "pages N page_len H"], ...]
     v: tuple[Float[Array, "pages N page_len H"], ...]
@@ -43,9 +46,9 @@ class KVCache:
         return self.page_table.shape[1] * PAGE_LEN
 
 
-def cache_specs(num_layers: int) -> KVCache:
+def cache_specs(layers_per_stage: int) -> KVCache:
     """The partition of a cache over the mesh, in the cache's own structure."""
-    pages: Any = (partition_spec(_PAGES_AXES),) * num_layers  # Any: they stand where a cache has arrays
+    pages: Any = (partition_spec(_PAGES_AXES),) * layers_per_stage  # Any: they stand where a cache has arrays
     page_table: Any = partition_spec(("batch", None))
     lengths: Any = partition_spec(("batch",))
     return KVCache(k=pages, v=pages, page_table=page_table, lengths=lengths)
@@ -68,18 +71,21 @@ def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> 
     """An empty cache for ``batch`` rows of up to ``max_len`` tokens, rounded up to whole pages, each row with its
     own."""
     max_pages = pages_per_row(max_len)
-    num_pages = batch * max_pages + mesh.shape["data"]  # a scratch page a data shard
+    num_data, num_stages = mesh.shape["data"], mesh.shape["pipe"]
+    layers_per_stage = Split.of(mesh).layers_per_stage(config.num_layers)
+    rows_per_shard = batch // num_data
+    num_pages = (rows_per_shard * max_pages + 1) * num_data * num_stages  # each device's rows and its scratch page
     shape = (num_pages, config.num_heads, PAGE_LEN, config.head_dim)
 
     def pages() -> tuple[Array, ...]:
-        zeros = (jnp.zeros(shape, config.jax_dtype) for _ in range(config.num_layers))
-        return tuple(jax.lax.with_sharding_constraint(z, named_sharding(mesh, _PAGES_AXES)) for z in zeros)
+        return tuple(jnp.zeros(shape, config.jax_dtype) for _ in range(layers_per_stage))
 
-    rows_per_shard = batch // mesh.shape["data"]  # a data shard numbers its own pages from 0
     own_pages = jnp.arange(rows_per_shard * max_pages, dtype=jnp.int32).reshape(rows_per_shard, max_pages)
-    return KVCache(
+    cache = KVCache(
         k=pages(),
         v=pages(),
-        page_table=jnp.tile(own_pages, (mesh.shape["data"], 1)),
+        page_table=jnp.tile(own_pages, (num_data, 1)),
         lengths=jnp.zeros(batch, jnp.int32),
     )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(layers_per_stage))
+    return jax.lax.with_sharding_constraint(cache, shardings)

@@ -2,9 +2,12 @@
 
 Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes
 queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
-`psum` follows. The phases over whole sequences differ only in how they attend: each hands `Block` a function from local
-q, k, v to attention's output, or leaves rotary embedding, cache and attention to `custom_ops.prefill_attention`. A
-decode step calls `custom_ops`, whose kernels do a layer in three calls.
+`psum` follows. Prompts and texts to be scored are packed, the tokens of all rows one after another, so that nothing is
+computed for padding; only `custom_ops.prefill_attention` looks at rows. A decode step calls `custom_ops`, whose kernels
+do a layer in three calls.
+
+Global leaves have a leading axis of pipeline stages (`sharding.Split`) and one of tensor shards; of both a device
+holds one, and `_local` drops them.
 
 The numeric oracle is Hugging Face's ``GPTJForCausalLM`` in f32. Products run in the model's dtype and accumulate in
 f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatever the dtype.
@@ -13,7 +16,7 @@ f32; LayerNorm, softmax, rotary embedding and the residual stream are f32 whatev
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,112 +34,88 @@ from custom_ops import (
     linear,
     mixed_gemm,
     numerics,
-    pages,
     prefill_attention,
     quantize_rows,
 )
-from custom_ops.rotary import apply_rotary
+from custom_ops.prefill_attention import token_rows
 from kogpt_jax.config import ModelConfig, OpsConfig
-from kogpt_jax.kv_cache import KVCache
+from kogpt_jax.errors import InputError
+from kogpt_jax.kv_cache import KVCache, pages_per_row
+from kogpt_jax.packing import Packed
 from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
-from kogpt_jax.sharding import named_sharding, partition_spec
+from kogpt_jax.sharding import Split, named_sharding, partition_spec
+from kogpt_jax.vocabulary import Vocabulary
 
 DEFAULT_OPS = OpsConfig()
-
-# Longer prompts attend in blocks of this many queries, so that scores take [B, N, block, T] and not [B, N, T, T].
-QUERY_BLOCK = 512
+ONE_DEVICE = Split()
 
 # Values of an INT8 matrix that are converted at a time, for a product with whole sequences.
 TILE_SIZE = 1 << 24
 
-# From a layer's local q, k, v to attention's output and what the phase keeps of the layer: its updated pages, or
-# nothing.
-Attend = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
+NO_LAYER = -1  # stands for the layer of a block that is left over
+
+# From what ``w_in`` made of a layer's tokens, [T, 3 N H] and [T, K], to the second with attention's part filled in, and
+# what the phase keeps of the layer: its updated pages, or nothing.
+Attend = Callable[[Array, Array], tuple[Array, tuple[Array, ...]]]
+
+# Takes a block, the residual stream in front of it, [T, D], and its ``w_out``'s input, [T, K].
+Watch = Callable[["Block", Array, Array], None]
 
 
 class Embed(nnx.Module):
     """Token embedding. GPT-J has no position embedding: rotary does that in attention."""
 
-    def __init__(self, config: ModelConfig):
-        self.embedding = _param((config.vocab_size, config.model_dim), ("vocab", "embed"), config)
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.embedding = _param((vocabulary.padded_size, config.model_dim), ("vocab", "embed"), config)
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return self.embedding[...][tokens].astype(jnp.float32)
+        with jax.named_scope("embedding"):
+            return self.vocabulary.lookup(self.embedding[...], tokens).astype(jnp.float32)
 
 
 class Block(nnx.Module):
     """One layer: LayerNorm -> ``w_in`` -> attention beside GELU -> ``w_out`` -> psum -> residual."""
 
-    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig):
+    def __init__(self, config: ModelConfig, split: Split, ops: OpsConfig):
         model_dim, ffn_dim = config.model_dim, config.ffn_dim
-        local_dim, local_ffn = model_dim // num_shards, ffn_dim // num_shards
+        stages, shards = split
+        local_dim, local_ffn = model_dim // shards, ffn_dim // shards
         self.config = config
         self.ops = ops
-        self.num_shards = num_shards
-        self.num_local_heads = config.num_heads // num_shards
-        self.ln_scale = _param((model_dim,), ("embed",), config, mean=1.0)
-        self.ln_bias = _param((model_dim,), ("embed",), config)
+        self.num_shards = shards
+        self.num_local_heads = config.num_heads // shards
+        self.ln_scale = _param((stages, model_dim), ("stage", "embed"), config, mean=1.0)
+        self.ln_bias = _param((stages, model_dim), ("stage", "embed"), config)
         # Output-major: the K values of each output lie together, which decode kernels and INT8 tensor cores want.
         self.w_in, self.w_in_scale = _matrix(
-            (num_shards, 3 * local_dim + local_ffn, model_dim), ("tensor_shard", "fused", "embed"), config, k_axes=(2,)
+            (stages, shards, 3 * local_dim + local_ffn, model_dim),
+            ("stage", "tensor_shard", "fused", "embed"),
+            config,
+            k_axes=(3,),
+            parts=(local_dim, local_dim, local_dim, local_ffn),
         )
-        self.b_ffn_in = _param((num_shards, local_ffn), ("tensor_shard", "fused"), config)
+        self.b_ffn_in = _param(
+            (stages, shards, local_ffn), ("stage", "tensor_shard", "fused"), config, parts=(local_ffn,)
+        )
         # K is attention's and the FFN's part of every shard: an output has one scale over all of them.
         self.w_out, self.w_out_scale = _matrix(
-            (num_shards, model_dim, local_dim + local_ffn), ("tensor_shard", "embed", "fused"), config, k_axes=(0, 2)
+            (stages, shards, model_dim, local_dim + local_ffn),
+            ("stage", "tensor_shard", "embed", "fused"),
+            config,
+            k_axes=(1, 3),
+            parts=(local_dim, local_ffn),
         )
-        self.w_out_multiplier = _multiplier((num_shards, local_dim + local_ffn), ("tensor_shard", "fused"), config)
-        self.b_ffn_out = _param((model_dim,), ("embed",), config)
+        self.w_out_multiplier = _multiplier(
+            (stages, shards, local_dim + local_ffn),
+            ("stage", "tensor_shard", "fused"),
+            config,
+            parts=(local_dim, local_ffn),
+        )
+        self.b_ffn_out = _param((stages, model_dim), ("stage", "embed"), config)
 
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
-        batch, q_len, _ = x.shape
-        qkv, act = self._project_in(x)
-        with jax.named_scope("attention"):
-            heads = (batch, q_len, self.num_local_heads, self.config.head_dim)
-            attn, kept = attend(*(part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1)))
-            attn = attn.reshape(batch, q_len, -1)
-            # Not an update: XLA finds the concatenation that made `act` and leaves one of the two.
-            act = jnp.concatenate([attn, act[..., attn.shape[-1] :]], axis=-1)
-        return self._project_out(x, act), kept
-
-    def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        rotary: tuple[Array, Array],
-        layer: int,
-        cache: KVCache,
-        lengths: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Whole prompts, with `custom_ops.prefill_attention` between the products.
-
-        Args:
-            rotary: (cos, sin) of each token, [B T, R].
-            cache: the tokens before; its lengths are the first positions.
-            lengths: tokens of each row; what stands behind them may become anything, NaN too.
-
-        Returns:
-            The residual stream, the layer's pages with the tokens.
-        """
-        batch, q_len, _ = x.shape
-        qkv, act = self._project_in(x)
-        with jax.named_scope("attention"):
-            out, k_pages, v_pages, _ = prefill_attention(
-                qkv.reshape(batch * q_len, -1),
-                rotary,
-                cache.k[layer],
-                cache.v[layer],
-                cache.page_table,
-                jnp.arange(batch, dtype=jnp.int32) * q_len,
-                lengths,
-                cache.lengths,
-                act.reshape(batch * q_len, -1),
-                max_new=q_len,
-                implementation=self.ops.prefill_attention,
-            )
-        return self._project_out(x, out.reshape(act.shape)), (k_pages, v_pages)
-
-    def _project_in(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T qkv"], Float[Array, "B T K"]]:
-        """Queries, keys and values one after another, and ``w_out``'s input with the FFN's part of it there."""
+    def __call__(self, x: Float[Array, "T D"], attend: Attend) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
+        """Many tokens, of whatever rows: only ``attend`` knows which belong together."""
         config = self.config
         local_dim = self.num_local_heads * config.head_dim
         with jax.named_scope("w_in"):
@@ -145,23 +124,32 @@ class Block(nnx.Module):
                 _local_weight(self.w_in, self.w_in_scale),
                 config,
                 self.ops,
-                layer_norm=(self.ln_scale[...], self.ln_bias[...], config.layer_norm_epsilon),
-                bias=self.b_ffn_in[0],
+                layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), config.layer_norm_epsilon),
+                bias=_local(self.b_ffn_in, 1),
                 gelu_from=3 * local_dim,
-                act_dim=local_dim + self.b_ffn_in.shape[1],
+                act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
         assert act is not None  # with gelu_from
-        return qkv, act
-
-    def _project_out(self, x: Float[Array, "B T D"], act: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("attention"):
+            act, kept = attend(qkv, act)
         with jax.named_scope("w_out"):
-            w_out, bias = _local_weight(self.w_out, self.w_out_scale), self.b_ffn_out[...]
-            multiplier = _local_multiplier(self.w_out_multiplier)
+            w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
+            options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
             if self.num_shards == 1:
-                options: dict[str, Any] = {"bias": bias, "residual": x}
-                return prefill_linear(act, w_out, self.config, self.ops, k_multiplier=multiplier, **options)[0]
-            out, _ = prefill_linear(act, w_out, self.config, self.ops, k_multiplier=multiplier, out_dtype=jnp.float32)
-            return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
+                return prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x, **options)[0], kept
+            out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32, **options)
+            return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32), kept
+
+    def product_inputs(
+        self, x: Float[Array, "T D"], act: Float[Array, "T K"]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T K"]]:
+        """What ``w_in`` and ``w_out`` multiply, given what goes into the block and what attention and GELU make."""
+        multiplier = self._local_multiplier()
+        h = layer_norm(x, _local(self.ln_scale, 1), _local(self.ln_bias, 1), self.config)
+        return h, act if multiplier is None else act * multiplier
+
+    def _local_multiplier(self) -> Array | None:
+        return None if self.w_out_multiplier is None else _local(self.w_out_multiplier, 1)
 
     def decode_step(
         self,
@@ -186,10 +174,10 @@ class Block(nnx.Module):
                 _local_weight(self.w_in, self.w_in_scale),
                 ops,
                 semaphores,
-                layer_norm=(self.ln_scale[...], self.ln_bias[...], config.layer_norm_epsilon),
-                bias=self.b_ffn_in[0],
+                layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), config.layer_norm_epsilon),
+                bias=_local(self.b_ffn_in, 1),
                 gelu_from=3 * local_dim,
-                act_dim=local_dim + self.b_ffn_in.shape[1],
+                act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
         with jax.named_scope("attention"):
             act, k_pages, v_pages, semaphores = decode_attention(
@@ -206,96 +194,83 @@ class Block(nnx.Module):
                 implementation=ops.decode_attention,
             )
         with jax.named_scope("w_out"):
-            w_out = _local_weight(self.w_out, self.w_out_scale)
-            options: dict[str, Any] = {"k_multiplier": _local_multiplier(self.w_out_multiplier)}
+            w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
+            options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
             if self.num_shards == 1:
-                options |= {"bias": self.b_ffn_out[...], "residual": x}
-                x, semaphores = decode_linear(act, w_out, ops, semaphores, **options)
+                x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x, **options)
             else:
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32, **options)
-                x = x + jax.lax.psum(out, "tensor") + self.b_ffn_out[...].astype(jnp.float32)
+                x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
         return x, (k_pages, v_pages), semaphores
 
 
 class GPTJ(nnx.Module):
-    """The whole model. Built only abstractly (`model_def`); its leaves are held apart and merged inside the jit."""
+    """The whole model, or a stage of it: ``blocks`` are those of this device's stage. Built only abstractly
+    (`model_def`); its leaves are held apart and merged inside the jit."""
 
-    def __init__(self, config: ModelConfig, num_shards: int, ops: OpsConfig):
+    def __init__(self, config: ModelConfig, split: Split, ops: OpsConfig):
         self.config = config
         self.ops = ops
-        self.embed = Embed(config)
-        self.blocks = nnx.List([Block(config, num_shards, ops) for _ in range(config.num_layers)])
+        self.vocabulary = Vocabulary(config.vocab_size, math.prod(split))
+        self.embed = Embed(config, self.vocabulary)
+        self.blocks = nnx.List([Block(config, split, ops) for _ in range(split.layers_per_stage(config.num_layers))])
         self.ln_f_scale = _param((config.model_dim,), ("embed",), config, mean=1.0)
         self.ln_f_bias = _param((config.model_dim,), ("embed",), config)
         self.lm_head, self.lm_head_scale = _matrix(
-            (config.vocab_size, config.model_dim), ("vocab", "embed"), config, k_axes=(1,)
+            (self.vocabulary.padded_size, config.model_dim), ("vocab", "embed"), config, k_axes=(1,)
         )
-        self.lm_head_bias = _param((config.vocab_size,), ("vocab",), config)
-
-    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Final hidden states of every position, causal and without a cache: for scoring and training.
-
-        A row may be padded on the right: a position sees only what stands before it.
-        """
-        rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], self.config))
-
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-            q, k = apply_rotary(q, k, rotary)
-            return causal_attention(q, k, v), ()
-
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x, _ = block(x, attend)
-        return self._final_norm(x)
-
-    def layer_inputs(self, tokens: Int[Array, "B T"]) -> Iterator[tuple[Float[Array, "B T D"], Float[Array, "B T K"]]]:
-        """Of each layer what ``w_in`` and ``w_out`` multiply: LayerNorm's output, and attention's beside GELU's."""
-        rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], self.config))
-        x = self.embed(tokens)
-        for block in self.blocks:
-            qkv, act = block._project_in(x)
-            heads = (*tokens.shape, block.num_local_heads, self.config.head_dim)
-            q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
-            attn = causal_attention(*apply_rotary(q, k, rotary), v).reshape(*tokens.shape, -1)
-            act = jnp.concatenate([attn, act[..., attn.shape[-1] :]], axis=-1)
-            multiplier = _local_multiplier(block.w_out_multiplier)
-            multiplied = act if multiplier is None else act * multiplier
-            yield layer_norm(x, block.ln_scale[...], block.ln_bias[...], self.config), multiplied
-            x = block._project_out(x, act)
+        self.lm_head_bias = _param((self.vocabulary.padded_size,), ("vocab",), config)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "B D"], KVCache]:
-        """Reads left-aligned prompts into an empty cache.
+        self, packed: Packed, cache: KVCache, watch: Watch | None = None
+    ) -> tuple[Float[Array, "T D"], KVCache]:
+        """Reads new tokens of each row, which see those of the row in the cache and one another, causally.
+
+        Args:
+            packed: one data shard's.
+            cache: the tokens before. With pages of one layer only, all layers use these in turn: for rows that begin
+                here and are not gone on with.
+            watch: is given each block, what goes into it, and ``w_out``'s input.
 
         Returns:
-            The final hidden state of each row's last token, and the cache with ``lengths`` keys a row.
+            The residual stream behind the last layer, which means nothing for tokens of no row; the cache with the
+            tokens.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        is_valid = positions < lengths[:, None]
-        rotary = rotary_tables(positions[:1], self.config)
-        cos, sin = (jnp.tile(table[0], (tokens.shape[0], 1)) for table in rotary)  # of each token
-        x = self.embed(tokens)
-        new_pages = []
+        begins, num_new = packed.begins, packed.num_new
+        row_of_token, index, _ = token_rows(begins, num_new, packed.tokens.shape[0])
+        rotary = rotary_tables(cache.lengths[row_of_token] + index, self.config)
+        page_table = cache.page_table[:, : pages_per_row(packed.max_len)]
+        new_pages: list[tuple[Array, ...]] = list(zip(cache.k, cache.v, strict=True))
+        x = self.embed(packed.tokens)
         for layer, block in enumerate(self.blocks):
+            slot = layer % len(new_pages)
 
-            def attend(q: Array, k: Array, v: Array, layer: int = layer) -> tuple[Array, tuple[Array, ...]]:
-                q, k = apply_rotary(q, k, for_heads(rotary))
-                return causal_attention(q, k, v), _append(cache, layer, k, v, positions, is_valid)
+            def attend(
+                qkv: Array, act: Array, slot: int = slot, block: Block = block, x: Array = x
+            ) -> tuple[Array, tuple[Array, ...]]:
+                act, k_pages, v_pages, _ = prefill_attention(
+                    qkv,
+                    rotary,
+                    new_pages[slot][0],
+                    new_pages[slot][1],
+                    page_table,
+                    begins,
+                    num_new,
+                    cache.lengths,
+                    act,
+                    max_new=packed.max_len,
+                    implementation=self.ops.prefill_attention,
+                )
+                if watch is not None:
+                    watch(block, x, act)
+                return act, (k_pages, v_pages)
 
-            layer_pages: tuple[Array, ...]
-            if self.ops.prefill_attention == "reference":
-                x, layer_pages = block(x, attend)
-            else:
-                x, layer_pages = block.prefill(x, (cos, sin), layer, cache, lengths)
-            new_pages.append(layer_pages)
-        # Of a row's positions only one meets lm_head.
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self._final_norm(last), _with_pages(cache, new_pages, lengths)
+            x, new_pages[slot] = block(x, attend)
+        return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(
         self, tokens: Int[Array, " B"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
-    ) -> tuple[Float[Array, "B V"], KVCache, Array]:
+    ) -> tuple[Float[Array, "B local_V"], KVCache, Array]:
         """Appends one token a row and attends to all of the row.
 
         Args:
@@ -305,7 +280,7 @@ class GPTJ(nnx.Module):
             semaphores: from ``custom_ops.make_semaphores``.
 
         Returns:
-            Logits in f32 (those of a finished row mean nothing), the cache, the semaphores.
+            Logits in f32 of this device's tokens (those of a finished row mean nothing), the cache, the semaphores.
         """
         rotary = rotary_tables(cache.lengths, self.config)
         x = self.embed(tokens)
@@ -323,16 +298,16 @@ class GPTJ(nnx.Module):
                 bias=self.lm_head_bias[...],
                 out_dtype=jnp.float32,
             )
+            logits = self.vocabulary.without_padding(logits)
         return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
-    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits in f32 from final hidden states."""
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B local_V"]:
+        """Logits in f32 from the residual stream behind the last layer, of this device's shard of the vocabulary."""
         with jax.named_scope("lm_head"):
+            hidden = layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
             weight = _local_weight(self.lm_head, self.lm_head_scale)
-            return dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
-
-    def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
+            logits = dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
+            return self.vocabulary.without_padding(logits)
 
 
 def dense(
@@ -394,7 +369,7 @@ def decode_linear(
 
 
 def prefill_linear(
-    x: Float[Array, "B T K"],
+    x: Float[Array, "T K"],
     weight: Float[Array, "M K"] | QuantizedArray,
     config: ModelConfig,
     ops: OpsConfig,
@@ -402,20 +377,16 @@ def prefill_linear(
     layer_norm: tuple[Array, Array, float] | None = None,
     k_multiplier: Array | None = None,
     bias: Array | None = None,
-    residual: Float[Array, "B T M"] | None = None,
+    residual: Float[Array, "T M"] | None = None,
     gelu_from: int | None = None,
     act_dim: int | None = None,
     out_dtype: np.dtype | type | None = None,
 ) -> tuple[Array, Array | None]:
     """A layer's product for whole sequences, with what `custom_ops.linear` has around it: (y, act).
 
-    ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [B, T, act_dim], the columns in front
+    ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [T, act_dim], the columns in front
     of GELU's are attention's to fill.
     """
-    batch, q_len, k_dim = x.shape
-    x = x.reshape(batch * q_len, k_dim)
-    if residual is not None:
-        residual = residual.reshape(batch * q_len, -1)
     options: dict[str, Any] = {
         "bias": bias,
         "residual": residual,
@@ -423,23 +394,18 @@ def prefill_linear(
         "act_dim": act_dim,
         "out_dtype": out_dtype,
     }
-    y: Array
-    act: Array | None
     if config.quant == "w8a8":
         assert isinstance(weight, QuantizedArray)
         in_front: dict[str, Any] = {"layer_norm": layer_norm, "k_multiplier": k_multiplier}
         quantized = quantize_rows(x, implementation=ops.gemm, **in_front)
-        y, act = int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
-    else:
-        if layer_norm is not None:
-            x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
-        if k_multiplier is not None:
-            x = (x.astype(jnp.float32) * k_multiplier).astype(config.jax_dtype)
-        if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
-            y, act = mixed_gemm(x, weight, implementation="ffi", **options)
-        else:
-            y, act = _dense_with(x, weight, config, **options)
-    return y.reshape(batch, q_len, -1), None if act is None else act.reshape(batch, q_len, -1)
+        return int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
+    if layer_norm is not None:
+        x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
+    if k_multiplier is not None:
+        x = (x.astype(jnp.float32) * k_multiplier).astype(config.jax_dtype)
+    if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
+        return mixed_gemm(x, weight, implementation="ffi", **options)
+    return _dense_with(x, weight, config, **options)
 
 
 def _dense_with(
@@ -485,87 +451,76 @@ def rotary_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def for_heads(rotary: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The same angles for all heads of [B, T, N, H]."""
-    cos, sin = rotary
-    return cos[:, :, None], sin[:, :, None]
-
-
-def causal_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"]
-) -> Float[Array, "B T N H"]:
-    """Each query attends to its own and earlier positions; scores and softmax in f32."""
-    q_len = q.shape[1]
-    outputs = []
-    for start in range(0, q_len, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q_len)  # later keys are masked for the whole block: leave them out
-        scores = numerics.einsum("btnh,bsnh->bnts", q[:, start:stop], k[:, :stop]) / math.sqrt(q.shape[-1])
-        is_visible = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-        probs = jax.nn.softmax(jnp.where(is_visible, scores, -jnp.inf), axis=-1)
-        outputs.append(numerics.einsum("bnts,bsnh->btnh", probs.astype(v.dtype), v[:, :stop]).astype(q.dtype))
-    return jnp.concatenate(outputs, axis=1)
-
-
-def _append(cache: KVCache, layer: int, k: Array, v: Array, positions: Array, is_valid: Array) -> tuple[Array, Array]:
-    """A layer's pages of keys and of values with the new tokens in."""
-    k_pages = pages.append(cache.k[layer], k, cache.page_table, positions, is_valid)
-    return k_pages, pages.append(cache.v[layer], v, cache.page_table, positions, is_valid)
-
-
 def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths: Array) -> KVCache:
     k, v = zip(*new_pages, strict=True)
     return dataclasses.replace(cache, k=k, v=v, lengths=lengths)
 
 
 def _param(
-    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, mean: float = 0.0
+    shape: tuple[int, ...],
+    logical_axes: tuple[str, ...],
+    config: ModelConfig,
+    *,
+    mean: float = 0.0,
+    parts: tuple[int, ...] = (),
 ) -> nnx.Param:
     """A parameter's one declaration; `model_def` reads it back as a `ParamSpec`."""
-    return nnx.Param(jnp.zeros(shape, config.jax_dtype), logical_axes=logical_axes, init_mean=mean)
+    return _declared(shape, config.jax_dtype, logical_axes, mean, parts)
 
 
 def _matrix(
-    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, k_axes: tuple[int, ...]
+    shape: tuple[int, ...],
+    logical_axes: tuple[str, ...],
+    config: ModelConfig,
+    *,
+    k_axes: tuple[int, ...],
+    parts: tuple[int, ...] = (),
 ) -> tuple[nnx.Param, nnx.Param | None]:
     """A weight matrix and, where it is quantised, its scales: the same rank with 1 along K."""
     if config.quant == "none":
-        return _param(shape, logical_axes, config), None
+        return _param(shape, logical_axes, config, parts=parts), None
     scale_shape = tuple(1 if axis in k_axes else extent for axis, extent in enumerate(shape))
     scale_axes = tuple(None if axis in k_axes else name for axis, name in enumerate(logical_axes))
     return (
-        nnx.Param(jnp.zeros(shape, jnp.int8), logical_axes=logical_axes, init_mean=0.0),
-        nnx.Param(jnp.zeros(scale_shape, jnp.float32), logical_axes=scale_axes, init_mean=0.0),
+        _declared(shape, jnp.int8, logical_axes, 0.0, parts),
+        _declared(scale_shape, jnp.float32, scale_axes, 0.0, ()),
     )
 
 
-def _multiplier(shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig) -> nnx.Param | None:
+def _multiplier(
+    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, parts: tuple[int, ...]
+) -> nnx.Param | None:
     """What the inputs of a matrix are multiplied with, where the model has such: f32, since kernels take no other."""
-    if not config.has_multiplier:
-        return None
-    return nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=logical_axes, init_mean=1.0)
+    return _declared(shape, jnp.float32, logical_axes, 1.0, parts) if config.has_multiplier else None
 
 
-def _local_multiplier(multiplier: nnx.Param | None) -> Array | None:
-    """A multiplier without the shard axis."""
-    return None if multiplier is None else multiplier[0]
+def _declared(
+    shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...], mean: float, parts: tuple[int, ...]
+) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=logical_axes, init_mean=mean, parts=parts)
+
+
+def _local(param: nnx.Param, ndim: int) -> Array:
+    """A parameter as a device computes with it: without the axes of stages and of tensor shards, 1 each there."""
+    return param[...].reshape(param.shape[-ndim:])
 
 
 def _local_weight(weight: nnx.Param, scale: nnx.Param | None) -> Array | QuantizedArray:
-    """A matrix as a device multiplies by it: its own shard, without the shard axis."""
-    values = weight[...].reshape(weight.shape[-2:])
-    return values if scale is None else QuantizedArray(values, scale[...].reshape(scale.shape[-2:]))
+    """A matrix as a device multiplies by it."""
+    return _local(weight, 2) if scale is None else QuantizedArray(_local(weight, 2), _local(scale, 2))
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What a parameter is: its path in the module, global shape, dtype, logical axes and the mean it is drawn
-    around."""
+    """What a parameter is: its path in the module, global shape, dtype, logical axes, the mean it is drawn around, and
+    the extents that lie behind one another on its "fused" axis, of one tensor shard."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     logical_axes: tuple[str | None, ...]
     init_mean: float
+    parts: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -573,10 +528,20 @@ class ModelDef:
     """The model without its leaves: split once, hashable, and a static argument of the jitted phases."""
 
     config: ModelConfig
-    num_shards: int
+    split: Split
     params: tuple[ParamSpec, ...]  # in the order of the leaves
     _graphdef: nnx.GraphDef[GPTJ]
     _treedef: jax.tree_util.PyTreeDef
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Blocks of a stage, and arrays of a cache."""
+        return self.split.layers_per_stage(self.config.num_layers)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """How the tokens lie over the mesh."""
+        return Vocabulary(self.config.vocab_size, math.prod(self.split))
 
     def merge(self, leaves: Sequence[Array]) -> GPTJ:
         """The module over these leaves (global outside, local inside `jax.shard_map`), in the order of ``params``."""
@@ -588,30 +553,49 @@ class ModelDef:
 
 
 @functools.cache
-def model_def(config: ModelConfig, num_shards: int = 1, ops: OpsConfig = DEFAULT_OPS) -> ModelDef:
-    """The definition of the model for ``num_shards`` tensor shards; one object per argument, so that jit's cache
-    holds. The parameters do not depend on ``ops``."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, num_shards, ops)))
+def model_def(config: ModelConfig, split: Split = ONE_DEVICE, ops: OpsConfig = DEFAULT_OPS) -> ModelDef:
+    """The definition of a model that is cut this way; one object per argument, so that jit's cache holds. The
+    parameters do not depend on ``ops``.
+
+    Raises:
+        InputError: heads or FFN units that the tensor shards cannot share evenly.
+    """
+    for name in ("num_heads", "ffn_dim"):
+        extent = getattr(config, name)
+        if extent % split.num_shards:
+            raise InputError(f"{name} {extent} is not a multiple of the {split.num_shards} tensor shards")
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, split, ops)))
     leaves, treedef = jax.tree.flatten(state)
     variables = nnx.to_flat_state(state)
     params = []
     for leaf, (path, variable) in zip(leaves, variables, strict=True):
-        metadata = variable.get_metadata()
         name = ".".join(str(part) for part in path).removeprefix("embed.")
-        params.append(ParamSpec(name, leaf.shape, leaf.dtype, metadata["logical_axes"], metadata["init_mean"]))
-    return ModelDef(config, num_shards, tuple(params), graphdef, treedef)
+        metadata = {key: variable.get_metadata()[key] for key in ("logical_axes", "init_mean", "parts")}
+        params.append(ParamSpec(name, leaf.shape, leaf.dtype, **metadata))
+    return ModelDef(config, split, tuple(params), graphdef, treedef)
 
 
 def random_leaves(config: ModelConfig, mesh: Mesh, *, seed: int = 0, std: float = 0.02) -> list[jax.Array]:
     """Random leaves made on the devices: normal with ``std`` (GPT-J's ``initializer_range``) around 1 for LayerNorm's
-    scales and 0 for the rest, so that no bias is zero in a test. Quantised ones are made of those of the same seed."""
-    key = jax.random.key(seed)
-    num_shards = mesh.shape["tensor"]
-    specs = {spec.path: spec for spec in model_def(config, num_shards).params}
+    scales and 0 for the rest, so that no bias is zero in a test. Quantised ones are made of those of the same seed.
+
+    The same model on any mesh: a value depends on its parameter, layer and place in the unsplit one. Each device draws
+    its own, none holds a whole leaf that is split.
+    """
+    key = jax.random.key(seed, impl="threefry2x32")
+    unquantized = dataclasses.replace(config, quant="none")
+    split = Split.of(mesh)
+    specs = {spec.path: spec for spec in model_def(config, split).params}
+    order = {param.path: index for index, param in enumerate(model_def(unquantized).params)}
     leaves: dict[str, Array] = {}
-    for index, param in enumerate(model_def(dataclasses.replace(config, quant="none"), num_shards).params):
-        sharding = named_sharding(mesh, param.logical_axes)
-        leaf = _normal(param.shape, param.dtype, param.init_mean, std, sharding)(jax.random.fold_in(key, index))
+    for param in model_def(unquantized, split).params:
+        indices = [order[param.path]]
+        if "stage" in param.logical_axes:
+            _, block, name = param.path.split(".")
+            layers = split.layers_of_block(int(block), config.num_layers)
+            indices = [order.get(f"blocks.{layer}.{name}", NO_LAYER) for layer in layers]
+        draw = _normal(dataclasses.replace(param, path=""), config.vocab_size, std, mesh)
+        leaf = draw(key, jnp.asarray(np.array(indices, np.int32)))
         leaves |= quantized_as(specs, param.path, leaf, mesh)
     return [leaves[path] for path in specs]
 
@@ -627,10 +611,32 @@ def quantized_as(specs: Mapping[str, ParamSpec], path: str, leaf: Array, mesh: M
 
 
 @functools.cache
-def _normal(
-    shape: tuple[int, ...], dtype: np.dtype, mean: float, std: float, sharding: jax.sharding.NamedSharding
-) -> Callable[[Array], Array]:
-    def draw(key: Array) -> Array:
-        return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+def _normal(param: ParamSpec, vocab_size: int, std: float, mesh: Mesh) -> Callable[[Array, Array], Array]:
+    """From a key and the parameter's number on each stage, `NO_LAYER` for none, to a leaf: jitted, once for all leaves
+    of one kind."""
+    axes = param.logical_axes
 
-    return jax.jit(draw, out_shardings=sharding)
+    def draw(key: Array, index: Array) -> Array:
+        key = jax.random.fold_in(key, index)
+        if "tensor_shard" in axes:
+            # Part by part as in the unsplit weight, whose rows or columns the shards then share.
+            num_shards, shape = param.shape[1], param.shape[2:]
+            fused = axes.index("fused") - 2
+            parts = []
+            for number, extent in enumerate(param.parts):
+                whole = (*shape[:fused], num_shards, extent, *shape[fused + 1 :])
+                part = jax.random.normal(jax.random.fold_in(key, number), whole, jnp.float32)
+                parts.append(jnp.moveaxis(part, fused, 0))
+            values = jnp.concatenate(parts, axis=1 + fused)
+        else:
+            values = jax.random.normal(key, param.shape["stage" in axes :], jnp.float32)
+        values = param.init_mean + std * values
+        if "vocab" in axes:
+            is_token = jnp.arange(param.shape[0]) < vocab_size
+            values = jnp.where(is_token.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+        return jnp.where(index == NO_LAYER, 0, values).astype(param.dtype)
+
+    def draw_stages(key: Array, indices: Array) -> Array:
+        return jax.vmap(draw, (None, 0))(key, indices) if "stage" in axes else draw(key, indices[0])
+
+    return jax.jit(draw_stages, out_shardings=named_sharding(mesh, axes))

@@ -25,6 +25,8 @@ from kogpt_jax._version import __version__
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object, write_json
+from kogpt_jax.model import ONE_DEVICE
+from kogpt_jax.sharding import Split
 from kogpt_jax.smoothing import Calibration
 from kogpt_jax.weight_files import find_weight_files, renamed_when_complete
 
@@ -85,7 +87,7 @@ def load_leaves(
     try:
         _discard(entry)
         with renamed_when_complete(entry) as temporary:
-            checkpoint.write_leaves(temporary, config, leaves, mesh.shape["tensor"] if report is None else 1)
+            checkpoint.write_leaves(temporary, config, leaves, Split.of(mesh) if report is None else ONE_DEVICE)
             write_json(temporary / "config.json", config.to_hf_dict() | {"quantization_config": record})
             if report is not None:
                 write_json(temporary / SMOOTHING_FILE, report)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from kogpt_jax.errors import InputError
+from kogpt_jax.vocabulary import Vocabulary
 
 _MAX_SEED = 2**32 - 1
 _MAX_TEMPERATURE = float(np.finfo(np.float32).max)  # what the device's arrays hold
@@ -100,27 +101,30 @@ class RowSampling:
 
 
 def sample(
-    logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array, " B"]
+    logits: Float[Array, "B local_V"], rows: RowSampling, positions: Int[Array, " B"], vocabulary: Vocabulary
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws a token a row.
 
+    A greedy batch chooses without moving its logits. Where a row draws, all logits of the batch are gathered on every
+    device, which then does what one device alone would: the same text on any mesh.
+
     Args:
-        logits: f32.
+        logits: f32, this device's shard of the vocabulary.
         rows: the parameters of each row.
         positions: where in its sequence the new token will stand. The random key is a function of the row's seed and
             this position only, so that a request's text does not depend on its slot or its neighbours.
+        vocabulary: how the logits lie over the mesh.
 
     Returns:
         The tokens, and their log-probabilities under the model itself (before temperature and filters).
     """
     with jax.named_scope("sample"):
-        most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if rows.is_greedy:
-            tokens = most_likely
-        else:
-            tokens = jnp.where(rows.temperature > 0, _draw(logits, rows, positions), most_likely)
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+            return vocabulary.most_likely(logits)
+        logits = vocabulary.gather(logits)
+        most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jnp.where(rows.temperature > 0, _draw(logits, rows, positions), most_likely)
+        return tokens, Vocabulary(vocabulary.size).logprobs(logits, tokens)
 
 
 def _draw(logits: Float[Array, "B V"], rows: RowSampling, positions: Int[Array, " B"]) -> Int[Array, " B"]:

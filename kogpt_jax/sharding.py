@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -11,15 +12,21 @@ from kogpt_jax.errors import InputError
 # Outermost to innermost: the tensor axis reduces once a layer, so it gets the closest devices.
 MESH_AXES = ("data", "pipe", "tensor")
 
-# `tensor_shard` is the explicit leading axis of the fused weights: slicing the concatenation [Q|K|V|FFN] by device
-# would give one device all of Q, so the shards are laid out before and stacked.
-_MESH_AXIS_OF = {
+# The axes that the vocabulary lies over, so that no stage of a pipeline carries a whole embedding table or lm_head.
+VOCAB_AXES = ("pipe", "tensor")
+
+# `tensor_shard` is an explicit axis of the fused weights: slicing the concatenation [Q|K|V|FFN] by device would give
+# one device all of Q, so the shards are laid out before and stacked. `stage` stacks the layers of a pipeline's stages,
+# and each stage has pages of its own.
+_MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
     "batch": "data",
-    "pages": "data",
+    "tokens": "data",
+    "pages": ("data", "pipe"),
     "heads": "tensor",
+    "stage": "pipe",
     "tensor_shard": "tensor",
+    "vocab": VOCAB_AXES,
     "embed": None,
-    "vocab": None,
     "q_len": None,
     "kv_len": None,
     "head_dim": None,
@@ -27,19 +34,49 @@ _MESH_AXIS_OF = {
 }
 
 
+class Split(NamedTuple):
+    """How a model's parameters are cut: its layers into stages along "pipe", each layer into shards along "tensor".
+
+    Block j of stage s is layer ``s * layers_per_stage + j``. Where the layers do not fill the last stages, the blocks
+    that are left over hold zeros and are never run.
+
+        7 layers, 4 stages  ->  0 1 | 2 3 | 4 5 | 6 -
+    """
+
+    num_stages: int = 1
+    num_shards: int = 1
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Split":
+        """The split of a model on this mesh."""
+        return cls(mesh.shape["pipe"], mesh.shape["tensor"])
+
+    def layers_per_stage(self, num_layers: int) -> int:
+        """Blocks of a stage."""
+        return -(-num_layers // self.num_stages)
+
+    def layers_of_block(self, block: int, num_layers: int) -> range:
+        """Which layer a block is, stage by stage; from ``num_layers`` on there is none."""
+        layers_per_stage = self.layers_per_stage(num_layers)
+        return range(block, self.num_stages * layers_per_stage, layers_per_stage)
+
+
 def parse_mesh(name: str) -> tuple[int, int, int]:
-    """Reads a mesh name such as ``"d1p1t1"`` into its (data, pipe, tensor) extents.
+    """Reads a mesh name such as ``"d1p1t2"`` into its (data, pipe, tensor) extents.
 
     Raises:
-        InputError: not of that form, or more than one device, which is not supported yet.
+        InputError: not of that form.
     """
     match = re.fullmatch(r"d([1-9]\d*)p([1-9]\d*)t([1-9]\d*)", name) if isinstance(name, str) else None
     if match is None:
         raise InputError(f"mesh must look like 'd1p1t1' (data, pipe, tensor extents), got {name!r}")
     data, pipe, tensor = (int(extent) for extent in match.groups())
-    if (data, pipe, tensor) != (1, 1, 1):
-        raise InputError(f"mesh {name!r} is not supported yet, only 'd1p1t1'")
     return data, pipe, tensor
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """The name that `parse_mesh` reads."""
+    return "d{data}p{pipe}t{tensor}".format(**mesh.shape)
 
 
 def make_mesh(data: int = 1, pipe: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -63,8 +100,8 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
         ValueError: two axes of one array fall on the same mesh axis.
         KeyError: an unknown logical axis.
     """
-    mesh_axes = [None if axis is None else _MESH_AXIS_OF[axis] for axis in logical_axes]
-    used = [axis for axis in mesh_axes if axis is not None]
+    mesh_axes = [None if axis is None else _MESH_AXES_OF[axis] for axis in logical_axes]
+    used = [axis for axes in mesh_axes if axes is not None for axis in ([axes] if isinstance(axes, str) else axes)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(logical_axes)} fall twice on one mesh axis: {tuple(mesh_axes)}")
     return PartitionSpec(*mesh_axes)

@@ -37,6 +37,7 @@ from kogpt_jax.config import ModelConfig
 from kogpt_jax.decoding import LayerInputs
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def, quantized_as
+from kogpt_jax.packing import pack
 from kogpt_jax.progress import counting
 from kogpt_jax.sharding import make_mesh
 from kogpt_jax.text_files import TextFile, line_documents, read_text_file
@@ -163,8 +164,8 @@ def smooth(
         for layer, found in enumerate(inputs):
             block = f"blocks.{layer}."
             choices = {
-                "w_in": search(found.largest_in, found.rows_in, by_path[block + "w_in"][0], settings.strengths),
-                "w_out": search(found.largest_out, found.rows_out, by_path[block + "w_out"][0], settings.strengths),
+                "w_in": search(found.largest_in, found.rows_in, by_path[block + "w_in"][0, 0], settings.strengths),
+                "w_out": search(found.largest_out, found.rows_out, by_path[block + "w_out"][0, 0], settings.strengths),
             }
             factors = {name: choice.factors for name, choice in choices.items()}
             by_path |= rescale_layer(by_path, layer, config, **factors)
@@ -228,7 +229,7 @@ def rescale_layer(
         "w_out": w_out,
         "w_out_multiplier": of_multiplier,
     }
-    ones = jnp.ones((1, len(w_out)), jnp.float32)
+    ones = jnp.ones((1, 1, len(w_out)), jnp.float32)
     block = f"blocks.{layer}."
     return {block + name: _scaled(by_path.get(block + name, ones), factors) for name, factors in scaled.items()}
 
@@ -300,20 +301,17 @@ def _collect(
 ) -> list[LayerInputs]:
     """Of each layer the largest magnitudes over all tokens and the rows of some, on the host. The rows, S times
     2 D + F values a layer, are the most that is kept, however long the text is."""
-    batch, width = min(_BATCH, len(windows)), max(map(len, windows))
-    groups = [windows[first : first + batch] for first in range(0, len(windows), batch)]
+    groups = [list(windows[first : first + _BATCH]) for first in range(0, len(windows), _BATCH)]
     rows_per_group = -(-settings.num_rows // len(groups))
     found = []
     with counting("calibrating", len(groups), progress) as advance:
         for group in groups:
-            tokens, is_read = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
-            for slot, row in enumerate(group):
-                tokens[slot, : len(row)] = row
-                is_read[slot, : len(row)] = True
-            readable = np.flatnonzero(is_read).astype(np.int32)
-            picked = readable[np.arange(rows_per_group) * len(readable) // rows_per_group]
+            num_tokens = sum(map(len, group))
+            # Empty rows, so that all batches are of few shapes.
+            (packed,) = pack(group + [[]] * (min(_BATCH, len(windows)) - len(group)), chunk_tokens=num_tokens)
+            picked = (np.arange(rows_per_group) * num_tokens // rows_per_group).astype(np.int32)
             static = {"definition": model_def(config), "mesh": mesh}
-            found.append(jax.device_get(decoding.layer_inputs(leaves, tokens, is_read, picked, **static)))
+            found.append(jax.device_get(decoding.layer_inputs(leaves, packed, picked, **static)))
             advance()
     return [
         LayerInputs(

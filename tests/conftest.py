@@ -27,6 +27,9 @@ jaxtyping.install_import_hook(_CHECKED, "typechecking.check")
 hypothesis.settings.register_profile("kogpt", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("kogpt")
 
+# For tests of meshes; all others run on the first.
+_NUM_CPU_DEVICES = 8
+
 _MUST_RUN = ("gpu", "multigpu", "oracle")
 _cache_folder = pytest.StashKey[pathlib.Path]()
 _left_out = pytest.StashKey[str]()
@@ -42,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # JAX reads JAX_PLATFORMS when it is imported, which is later: this file and the plugins leave that to the tests.
     if not (_selects(config, "gpu") or _selects(config, "multigpu")):
         os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(_NUM_CPU_DEVICES)
     # Neither this process nor the ones that tests start touch the user's own cache; within a run they share one.
     folder = pathlib.Path(tempfile.mkdtemp(prefix="kogpt-test-cache-"))
     config.stash[_cache_folder] = folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -18,8 +19,8 @@ import safetensors.numpy
 from kogpt_jax import checkpoint, weight_files
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
-from kogpt_jax.model import model_def
-from kogpt_jax.sharding import make_mesh
+from kogpt_jax.model import ONE_DEVICE, model_def
+from kogpt_jax.sharding import Split, make_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -61,34 +62,51 @@ def hf_tensors(config, dtype="fp32"):
     return {key: rng.normal(size=shape).astype(NUMPY_DTYPES[dtype]) for key, shape in hf_shapes(config).items()}
 
 
-def expected_leaves(tensors, config, num_shards=1):
+def expected_leaves(tensors, config, split=ONE_DEVICE):
     """The leaves by path, put together by hand."""
-    leaves = {
-        "embedding": tensors["transformer.wte.weight"],
-        "ln_f_scale": tensors["transformer.ln_f.weight"],
-        "ln_f_bias": tensors["transformer.ln_f.bias"],
-        "lm_head": tensors["lm_head.weight"],
-        "lm_head_bias": tensors["lm_head.bias"],
+    stages, shards = split
+    num_padding = -config.vocab_size % (stages * shards)
+    vocab = {
+        path: np.concatenate([tensors[key], np.zeros((num_padding, *tensors[key].shape[1:]), tensors[key].dtype)])
+        for path, key in (
+            ("embedding", "transformer.wte.weight"),
+            ("lm_head", "lm_head.weight"),
+            ("lm_head_bias", "lm_head.bias"),
+        )
     }
+    layers = []
     for i in range(config.num_layers):
         hf = {key.removeprefix(f"transformer.h.{i}."): value for key, value in tensors.items()}
         wide = [hf[f"attn.{name}_proj.weight"] for name in "qkv"] + [hf["mlp.fc_in.weight"]]
-        rows = [np.split(weight, num_shards) for weight in wide]
-        columns = [np.split(hf[f"{name}.weight"], num_shards, axis=1) for name in ("attn.out_proj", "mlp.fc_out")]
-        leaves |= {
-            f"blocks.{i}.ln_scale": hf["ln_1.weight"],
-            f"blocks.{i}.ln_bias": hf["ln_1.bias"],
-            f"blocks.{i}.w_in": np.stack([np.concatenate(shard) for shard in zip(*rows, strict=True)]),
-            f"blocks.{i}.b_ffn_in": np.stack(np.split(hf["mlp.fc_in.bias"], num_shards)),
-            f"blocks.{i}.w_out": np.stack([np.concatenate(shard, axis=1) for shard in zip(*columns, strict=True)]),
-            f"blocks.{i}.b_ffn_out": hf["mlp.fc_out.bias"],
-        }
-    return leaves
+        rows = [np.split(weight, shards) for weight in wide]
+        columns = [np.split(hf[f"{name}.weight"], shards, axis=1) for name in ("attn.out_proj", "mlp.fc_out")]
+        layers.append(
+            {
+                "ln_scale": hf["ln_1.weight"],
+                "ln_bias": hf["ln_1.bias"],
+                "w_in": np.stack([np.concatenate(shard) for shard in zip(*rows, strict=True)]),
+                "b_ffn_in": np.stack(np.split(hf["mlp.fc_in.bias"], shards)),
+                "w_out": np.stack([np.concatenate(shard, axis=1) for shard in zip(*columns, strict=True)]),
+                "b_ffn_out": hf["mlp.fc_out.bias"],
+            }
+        )
+    per_stage = math.ceil(config.num_layers / stages)
+    layers += [{name: np.zeros_like(leaf) for name, leaf in layers[0].items()}] * (stages * per_stage - len(layers))
+    blocks = {
+        f"blocks.{j}.{name}": np.stack([layers[s * per_stage + j][name] for s in range(stages)])
+        for j in range(per_stage)
+        for name in layers[0]
+    }
+    return (
+        vocab
+        | blocks
+        | {"ln_f_scale": tensors["transformer.ln_f.weight"], "ln_f_bias": tensors["transformer.ln_f.bias"]}
+    )
 
 
-def assert_leaves_equal(leaves, tensors, config, num_shards=1):
-    params = model_def(config, num_shards).params
-    expected = expected_leaves(tensors, config, num_shards)
+def assert_leaves_equal(leaves, tensors, config, split=ONE_DEVICE):
+    params = model_def(config, split).params
+    expected = expected_leaves(tensors, config, split)
     assert {param.path for param in params} == set(expected)
     for param, leaf in zip(params, leaves, strict=True):
         assert (leaf.shape, leaf.dtype) == (param.shape, param.dtype), param.path
@@ -471,9 +489,9 @@ def test_torch_file_without_torch(tmp_path, monkeypatch):
 # -- Saving -----------------------------------------------------------------------------------------------------------
 
 
-def leaves_of(tensors, config, num_shards=1):
-    expected = expected_leaves(tensors, config, num_shards)
-    return [jnp.asarray(expected[param.path].astype(param.dtype)) for param in model_def(config, num_shards).params]
+def leaves_of(tensors, config, split=ONE_DEVICE):
+    expected = expected_leaves(tensors, config, split)
+    return [jnp.asarray(expected[param.path].astype(param.dtype)) for param in model_def(config, split).params]
 
 
 def stored(directory):
@@ -485,13 +503,13 @@ def stored(directory):
     return tensors
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("split", [Split(1, 1), Split(1, 2), Split(1, 4), Split(3, 2), Split(2, 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_save_splits_fused_weights_again(tmp_path, dtype, num_shards):
+def test_save_splits_fused_weights_again(tmp_path, dtype, split):
     config = dataclasses.replace(TINY, dtype=dtype)
     tensors = hf_tensors(config, dtype)
     target = tmp_path / "new" / "model"
-    checkpoint.save_pretrained(target, config, leaves_of(tensors, config, num_shards), num_shards=num_shards)
+    checkpoint.save_pretrained(target, config, leaves_of(tensors, config, split), split=split)
     assert sorted(path.name for path in target.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -585,6 +603,40 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch, target, raised, seen)
     assert not any((tmp_path / "empty").iterdir())
 
 
+# -- Meshes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers", [2, 3])
+@pytest.mark.parametrize("extents", [(2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 1), (1, 2, 4)], ids=str)
+def test_each_device_of_a_mesh_gets_its_own(tmp_path, monkeypatch, extents, num_layers):
+    """Its stage's layers, its heads, FFN units and tokens, replicas included; what is saved is the checkpoint again."""
+    monkeypatch.setattr(weight_files, "BLOCK_BYTES", 500)
+    config = dataclasses.replace(TINY, num_layers=num_layers)
+    mesh = make_mesh(*extents)
+    tensors = hf_tensors(config)
+    write_sharded(tmp_path / "model", tensors, config)
+    leaves = checkpoint.load_leaves(tmp_path / "model", config, mesh)
+    assert_leaves_equal(leaves, tensors, config, Split.of(mesh))
+    by_path = {param.path: leaf for param, leaf in zip(model_def(config, Split.of(mesh)).params, leaves, strict=True)}
+    _, pipe, tensor = extents
+    rows, layers_per_stage = TINY.model_dim // tensor, math.ceil(num_layers / pipe)
+    embedding = np.pad(tensors["transformer.wte.weight"], ((0, -TINY.vocab_size % (pipe * tensor)), (0, 0)))
+    assert len(by_path["blocks.0.w_in"].addressable_shards) == math.prod(extents)
+    for shard, tokens in zip(
+        by_path["blocks.0.w_in"].addressable_shards, by_path["embedding"].addressable_shards, strict=True
+    ):
+        assert shard.device == tokens.device
+        _, stage, part = np.argwhere(mesh.devices == shard.device)[0]
+        layer = stage * layers_per_stage
+        q = tensors.get(f"transformer.h.{layer}.attn.q_proj.weight", np.zeros((TINY.model_dim, TINY.model_dim)))
+        np.testing.assert_array_equal(shard.data[0, 0, :rows], q[rows * part : rows * (part + 1)])
+        own_tokens = np.split(embedding, pipe * tensor)[stage * tensor + part]
+        np.testing.assert_array_equal(tokens.data, own_tokens)
+    checkpoint.save_pretrained(tmp_path / "again", config, leaves, split=Split.of(mesh))
+    loaded, _ = load(tmp_path / "again")
+    assert_leaves_equal(loaded, tensors, config)
+
+
 # -- In processes of their own ----------------------------------------------------------------------------------------
 
 
@@ -599,38 +651,6 @@ def run_script(script, *args, **environment):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def test_two_tensor_shards(tmp_path):
-    """Each device holds its own heads and rows, replicas included, and what is saved is the checkpoint again."""
-    tensors = hf_tensors(TINY)
-    write_sharded(tmp_path / "model", tensors)
-    script = """
-        import pathlib, sys
-        import numpy as np
-        import test_checkpoint as tests
-        from kogpt_jax import checkpoint, weight_files
-        from kogpt_jax.model import model_def
-        from kogpt_jax.sharding import make_mesh
-
-        weight_files.BLOCK_BYTES = 500
-        directory = pathlib.Path(sys.argv[1])
-        mesh = make_mesh(data=2, tensor=2)
-        config = checkpoint.load_config(directory / "model")
-        leaves = checkpoint.load_leaves(directory / "model", config, mesh)
-        tensors = tests.hf_tensors(config)
-        tests.assert_leaves_equal(leaves, tensors, config, num_shards=2)
-        w_in = {p.path: leaf for p, leaf in zip(model_def(config, 2).params, leaves)}["blocks.1.w_in"]
-        assert len(w_in.addressable_shards) == 4
-        for shard in w_in.addressable_shards:
-            s = int(np.argwhere(mesh.devices == shard.device)[0][2])
-            q = tensors["transformer.h.1.attn.q_proj.weight"]
-            np.testing.assert_array_equal(shard.data[0, :16], q[16 * s : 16 * s + 16])
-        checkpoint.save_pretrained(directory / "again", config, leaves, num_shards=2)
-    """
-    run_script(script, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    leaves, config = load(tmp_path / "again")
-    assert_leaves_equal(leaves, tensors, config)
 
 
 @pytest.mark.slow

@@ -357,7 +357,7 @@ def test_int8_weights(checkpoint):
         (["--quant", "w4a16"], ["--quant", "w4a16", "w8a16"]),
         (["--implementation", "cudnn"], ["--implementation", "cudnn", "reference"]),
         (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "leave the option out"]),
-        (["--mesh", "d1p1t2"], ["mesh", "d1p1t2"]),
+        (["--mesh", "d1p2t1"], ["mesh", "d1p2t1"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
         (["--max-batch-size", "0"], ["--max-batch-size", "0"]),
         (["--input-format", "jsonl"], ["--input-format", "jsonl", "--prompt"]),

@@ -20,6 +20,7 @@ from kogpt_jax.config import Dtype
 from kogpt_jax.decoding import NO_TOKEN, DecodeState
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.kv_cache import KVCache
+from kogpt_jax.packing import pack
 from kogpt_jax.sampling import RowSampling
 
 _COMPILED: list[str] = []
@@ -59,13 +60,14 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     """Arguments over a pool eight times as large as what the rows use, so that one copy of it shows."""
     cache = kv_cache.make_kv_cache(engine.config, engine.mesh, 8 * BATCH, engine.config.max_len)
     cache = dataclasses.replace(cache, page_table=cache.page_table[:BATCH], lengths=cache.lengths[:BATCH])
-    rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
-    ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)
-    static: dict[str, Any] = {"definition": engine._definition, "mesh": engine.mesh}
+    static: dict[str, Any] = dict(engine._static)
     args: tuple[Any, ...]
     if phase == "prefill":
-        args = (cache, np.zeros((BATCH, 16), np.int32), ones, ones, ignore_eos, rows)
+        (packed,) = pack([[1] * 8] * BATCH)
+        args = (cache, jnp.zeros((BATCH, engine.config.model_dim)), packed)
     else:
+        rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
+        ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)
         args = (
             DecodeState(cache, jnp.asarray(ones), jnp.asarray(ones), jnp.asarray(ignore_eos), rows, make_semaphores()),
         )
@@ -155,11 +157,15 @@ def test_a_copy_inside_a_loop_is_found(loop, opcodes):
 def test_donated_buffers_are_gone_after_a_call(engine):
     """Whoever holds on to a cache that a phase was given cannot read it by mistake."""
     call = make_call(engine, "prefill")
-    state, emitted = call.donating(*call.args, **call.static)
+    cache, last_hidden = call.donating(*call.args, **call.static)
     assert all(pages.is_deleted() for pages in (*call.cache.k, *call.cache.v))
-    addresses = [pages.unsafe_buffer_pointer() for pages in (*state.cache.k, *state.cache.v)]
-    static = {**call.static, "num_steps": STEPS_PER_CHUNK}
-    next_state, _ = decoding.decode_loop(engine.leaves, state, **static)
+    addresses = [pages.unsafe_buffer_pointer() for pages in (*cache.k, *cache.v)]
+    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * BATCH), jnp.ones(BATCH, jnp.int32)
+    state, emitted = decoding.start_decode(
+        engine.leaves, cache, last_hidden, ones, jnp.zeros(BATCH, bool), rows, **call.static
+    )
+    assert all(pages.is_deleted() for pages in (*cache.k, *cache.v))
+    next_state, _ = decoding.decode_loop(engine.leaves, state, num_steps=STEPS_PER_CHUNK, **call.static)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert [pages.unsafe_buffer_pointer() for pages in (*next_state.cache.k, *next_state.cache.v)] == addresses
     assert not emitted.tokens.is_deleted()
@@ -196,12 +202,13 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def run(*args, **static):
             log.append(name)
             state, emitted = phase(*args, **static)
-            fields = {field.name: getattr(emitted, field.name) for field in dataclasses.fields(emitted)}
-            return state, type("Watched", (), {key: Spy(value, key, log) for key, value in fields.items()})
+            names = [field.name for field in dataclasses.fields(emitted)]
+            spies: dict[str, Any] = {name: Spy(getattr(emitted, name), name, log) for name in names}
+            return state, decoding.Emitted(**spies)
 
         return run
 
-    for name in ("prefill", "decode_loop"):
+    for name in ("start_decode", "decode_loop"):
         monkeypatch.setattr(decoding, name, watched(name, getattr(decoding, name)))
     return log
 
@@ -226,7 +233,7 @@ def test_chunks_end_when_all_rows_have_met_eos(engine, unending, log):
     completions = engine.generate_ids([PROMPTS[index] for index in early], SamplingParams(max_new_tokens=100))
     assert [completion.token_ids for completion in completions] == [until_eos(unending[index]) for index in early]
     assert {completion.finish_reason for completion in completions} == {"stop"}
-    assert log.count("prefill") == 1
+    assert log.count("start_decode") == 1
     assert log.count("decode_loop") == 1
 
 
@@ -260,7 +267,7 @@ def test_no_chunk_more_than_the_tokens_asked_for(engine, unending, log, max_new_
 def test_the_host_looks_once_at_each_chunk(engine, log):
     engine.generate_ids(PROMPTS, greedy(24))
     look = ["tokens", "logprobs", "all_done"]
-    assert log == ["prefill", *look, *(["decode_loop", *look] * 3)]
+    assert log == ["start_decode", *look, *(["decode_loop", *look] * 3)]
 
 
 def test_on_a_gpu_the_next_chunk_is_under_way_before_the_host_looks(engine, unending, log, monkeypatch):
@@ -268,7 +275,7 @@ def test_on_a_gpu_the_next_chunk_is_under_way_before_the_host_looks(engine, unen
     completions = engine.generate_ids(PROMPTS, greedy(24))
     assert [completion.token_ids for completion in completions] == [token_ids[:24] for token_ids in unending]
     look = ["tokens", "logprobs", "all_done"]
-    assert log == ["prefill", "decode_loop", *look, "decode_loop", *look, "decode_loop", *look, *look]
+    assert log == ["start_decode", "decode_loop", *look, "decode_loop", *look, "decode_loop", *look, *look]
 
     log.clear()
     early = [index for index, token_ids in enumerate(unending) if len(until_eos(token_ids)) <= 1 + STEPS_PER_CHUNK]
@@ -279,7 +286,8 @@ def test_on_a_gpu_the_next_chunk_is_under_way_before_the_host_looks(engine, unen
 
 def test_finished_and_padding_rows_emit_nothing(engine):
     """What the host sees of them is ``NO_TOKEN`` and 0, and their state stays."""
-    emitted = list(engine._dispatch(engine._requests(PROMPTS, [greedy(length) for length in (1, 2, 3, 9, 10, 17, 17)])))
+    requests = engine._requests(PROMPTS, [greedy(length) for length in (1, 2, 3, 9, 10, 17, 17)])
+    emitted = list(engine._dispatch([*requests, None]))
     tokens = np.concatenate([np.asarray(chunk.tokens) for chunk in emitted], axis=1)
     logprobs = np.concatenate([np.asarray(chunk.logprobs) for chunk in emitted], axis=1)
     assert [bool(chunk.all_done) for chunk in emitted] == [False, False, True]
@@ -296,6 +304,7 @@ def programs() -> tuple[int, ...]:
     phases: tuple[Any, ...] = (
         kv_cache.make_kv_cache,
         decoding.prefill,
+        decoding.start_decode,
         decoding.decode_loop,
         decoding.score,
         decoding.all_logits,
@@ -304,16 +313,17 @@ def programs() -> tuple[int, ...]:
 
 
 def test_nothing_compiles_anew_within_a_bucket(engine):
-    """Lengths, parameters, seeds and numbers of rows vary: prompts up to 16 tokens, 64 tokens in all, 5 to 8 rows. A
-    batch of greedy rows and one of others are two programs."""
-    engine.generate_ids([prompt(16)] * 8, greedy(49))
-    engine.generate_ids([prompt(16)] * 8, dataclasses.replace(greedy(49), temperature=1.0))
-    engine.score_ids([prompt(16)] * 8)
+    """Lengths, parameters, seeds and numbers of rows vary: 5 to 8 prompts of up to 16 tokens, 65 to 96 in all, with up
+    to 64 tokens a row. A batch of greedy rows and one of others are two programs."""
+    engine.generate_ids([prompt(12)] * 8, greedy(49))
+    engine.generate_ids([prompt(12)] * 8, dataclasses.replace(greedy(49), temperature=1.0))
+    engine.score_ids([prompt(12)] * 8)
     engine.logits(prompt(16))
     before, num_compiled = programs(), len(_COMPILED)
     rng = np.random.default_rng(0)
     for num_rows in (5, 6, 7, 8):
-        prompts = [prompt(int(rng.integers(1, 17)), salt) for salt in range(num_rows)]
+        lens = 75 // num_rows + rng.integers(0, 2, num_rows)  # 66 to 88 tokens in all
+        prompts = [prompt(int(length), salt) for salt, length in enumerate(lens)]
         params = [
             SamplingParams(
                 max_new_tokens=int(rng.integers(1, 50)),
@@ -349,5 +359,5 @@ def test_another_bucket_is_another_program(engine):
     """So the counts of the two tests above can change."""
     before, num_compiled = programs(), len(_COMPILED)
     engine.score_ids([prompt(33)] * 5)
-    assert programs() == (*before[:3], before[3] + 1, before[4])
+    assert programs() == (*before[:4], before[4] + 1, before[5])
     assert len(_COMPILED) == num_compiled + 1

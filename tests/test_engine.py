@@ -17,6 +17,7 @@ from kogpt_jax import KOGPT_6B, Completion, KoGPT, SamplingParams, Score, Usage,
 from kogpt_jax.engine import perplexity, resolve_eos
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
+from kogpt_jax.packing import pack
 from kogpt_jax.tokenizer import load_tokenizer
 
 LENGTHS = (1, 2, 3, 5, 8, 13, 16)
@@ -272,7 +273,7 @@ def test_the_estimate_of_a_batch_holds_its_cache(engine):
     for num_rows, prompt_len, new_len, batch, capacity in ((1, 1, 1, 1, 64), (3, 60, 30, 4, 128), (8, 150, 1, 8, 192)):
         needed = engine._batch_bytes([(prompt_len, new_len)] * num_rows)
         assert needed > batch * kv_cache.cache_bytes_per_row(CONFIG, capacity)
-        assert needed == engine._batch_bytes([(prompt_len, new_len)] * batch)
+        assert needed <= engine._batch_bytes([(prompt_len, new_len)] * batch) < 1.01 * needed
     assert 10**6 < engine._free_bytes() < 10**15  # of a CPU: what the host has available
 
 
@@ -349,7 +350,7 @@ def test_bad_arguments_of_loading_are_refused_by_name(directory):
         {"quant": "w4"},
         {"implementation": "cudnn"},
         {"kv_dtype": "int8"},
-        {"mesh": "d1p1t2"},
+        {"mesh": "d1p2t1"},
         {"mesh": "big"},
         {"dtype": "fp8"},
     ]
@@ -654,11 +655,11 @@ def test_arguments_of_the_wrong_kind_are_named(texts_engine, call, message):
 
 
 def test_scoring_a_long_row_holds_the_logits_of_one_block(engine):
-    """A wide vocabulary over many positions: all logits at once would be 33 MB a row."""
+    """A wide vocabulary over many positions: all logits at once would be 268 MB."""
     config = dataclasses.replace(CONFIG, vocab_size=16384, max_len=512, num_layers=1)
     wide = KoGPT.from_random(config)
-    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
-    lowered = decoding.score.lower(wide.leaves, tokens, definition=wide._definition, mesh=wide.mesh)
+    (packed,) = pack([prompt(512)] * 8)
+    lowered = decoding.score.lower(wide.leaves, packed, **wide._static)
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 3 * decoding.SCORE_BLOCK * config.vocab_size * 4

@@ -1,6 +1,7 @@
 """The paged cache: against a plain numpy model, and that nothing but a row's own tokens reaches its results."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from small_model import CONFIG, greedy, prompt
 from custom_ops.pages import append as append_tokens
 from custom_ops.pages import gather as gather_pages
 from custom_ops.pages import valid_tokens
-from kogpt_jax import KoGPT, decoding, kv_cache
+from kogpt_jax import KoGPT, decoding, kv_cache, packing
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.kv_cache import PAGE_LEN, KVCache
 from kogpt_jax.sharding import make_mesh
@@ -220,16 +221,18 @@ def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
         np.testing.assert_array_equal(~holds_marker[:-1], is_written[:-1])
 
 
-def test_tokens_behind_a_prompt_do_not_matter(engine, expected, monkeypatch):
-    pad = engine._pad
+def test_tokens_behind_the_prompts_do_not_matter(engine, expected, monkeypatch):
+    def pack_with_noise(rows, **options):
+        chunks = []
+        for packed in packing.pack(rows, **options):
+            is_behind = np.arange(len(packed.tokens)) >= packed.num_new.sum()
+            assert is_behind.any()
+            noise = np.random.default_rng(0).integers(0, CONFIG.vocab_size, len(packed.tokens), np.int32)
+            tokens: Any = np.where(is_behind, noise, packed.tokens)
+            chunks.append(dataclasses.replace(packed, tokens=tokens))
+        return chunks
 
-    def pad_with_noise(rows):
-        tokens, lengths = pad(rows)
-        is_behind = np.arange(tokens.shape[1]) >= lengths[:, None]
-        noise = np.random.default_rng(0).integers(0, CONFIG.vocab_size, tokens.shape)
-        return np.where(is_behind, noise, tokens).astype(tokens.dtype), lengths
-
-    monkeypatch.setattr(engine, "_pad", pad_with_noise)
+    monkeypatch.setattr("kogpt_jax.engine.pack", pack_with_noise)
     assert engine.generate_ids(PROMPTS, PARAMS) == expected
 
 

@@ -15,6 +15,7 @@ from custom_ops import make_semaphores
 from kogpt_jax import KOGPT_6B, KoGPT, SamplingParams, decoding, kv_cache
 from kogpt_jax.config import Dtype, ModelConfig, OpsConfig, Quant
 from kogpt_jax.model import model_def, quantized_as, random_leaves
+from kogpt_jax.packing import Packed
 from kogpt_jax.sampling import RowSampling
 from kogpt_jax.sharding import make_mesh
 
@@ -58,8 +59,10 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
     def read(leaves, cache, tokens, semaphores):
         def local(leaves, cache, tokens, semaphores):
             model = definition.merge(leaves)
+            begins = PROMPT_LEN * jnp.arange(batch, dtype=jnp.int32)
             lengths = jnp.full(batch, PROMPT_LEN, jnp.int32)
-            hidden, cache = model.prefill(tokens[:, :PROMPT_LEN], lengths, cache)
+            packed = Packed(tokens[:, :PROMPT_LEN].reshape(-1), begins, lengths, PROMPT_LEN)
+            hidden, cache = model.prefill(packed, cache)
             num_new = jnp.ones(batch, jnp.int32)
 
             def step(carry, token):
@@ -67,7 +70,9 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
                 return carry, logits
 
             _, logits = jax.lax.scan(step, [cache, semaphores], tokens[:, PROMPT_LEN:].T)
-            return jnp.concatenate([model.logits(hidden)[:, None], logits.swapaxes(0, 1)], axis=1)
+            return jnp.concatenate(
+                [model.logits(hidden[begins + PROMPT_LEN - 1])[:, None], logits.swapaxes(0, 1)], axis=1
+            )
 
         specs = decoding._state_specs(definition, RowSampling.from_params([SamplingParams()] * batch))
         return jax.shard_map(

@@ -18,6 +18,7 @@ from kogpt_jax.decoding import DecodeState
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import decode_linear, model_def, random_leaves
 from kogpt_jax.ops import describe, resolve_ops
+from kogpt_jax.packing import pack
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import make_mesh
 
@@ -91,7 +92,7 @@ def test_kernels_that_do_not_fit_the_model_are_refused_by_name(config, named):
 def lowered(batch: int, chosen: OpsConfig) -> str:
     """The decode loop before XLA has it: no library is needed for that."""
     config, mesh = KERNEL_CONFIG, make_mesh()
-    definition = model_def(config, 1, chosen)
+    definition = model_def(config, ops=chosen)
     leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
     cache = kv_cache.make_kv_cache(config, mesh, batch, 64)
     rows = RowSampling.from_params([SamplingParams(seed=0)] * batch)
@@ -137,24 +138,23 @@ def test_prefill_through_its_op_is_the_same(monkeypatch):
     lengths = np.array([70, 1, 128, 33], np.int32)
     batch = lengths.size
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 128)).astype(np.int32)
-    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * batch), jnp.ones(batch, jnp.int32)
+    (packed,) = pack([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)])
 
     def prefill(chosen: OpsConfig):
         cache = kv_cache.make_kv_cache(config, mesh, batch, 192)
-        static = {"definition": model_def(config, 1, chosen), "mesh": mesh}
-        return decoding.prefill(leaves, cache, tokens, lengths, ones, jnp.zeros(batch, bool), rows, **static)
+        static = {"definition": model_def(config, ops=chosen), "mesh": mesh}
+        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), packed, **static)
 
-    expected_state, expected = prefill(REFERENCE)
+    expected_cache, expected = prefill(REFERENCE)
     assert not calls
-    state, emitted = prefill(dataclasses.replace(REFERENCE, prefill_attention="ffi"))
+    cache, last_hidden = prefill(dataclasses.replace(REFERENCE, prefill_attention="ffi"))
     assert calls == [{"max_new": 128}] * config.num_layers
-    np.testing.assert_array_equal(emitted.tokens, expected.tokens)
-    tolerances.assert_close(emitted.logprobs, expected.logprobs, tolerances.CACHED_VS_WHOLE["fp32"], "logprobs")
-    np.testing.assert_array_equal(state.cache.lengths, expected_state.cache.lengths)
+    tolerances.assert_close(last_hidden, expected, tolerances.CACHED_VS_WHOLE["fp32"], "hidden")
+    np.testing.assert_array_equal(cache.lengths, expected_cache.lengths)
     is_valid = pages.valid_tokens(jnp.asarray(lengths), 3, kv_cache.PAGE_LEN)
-    for got, wanted in zip(state.cache.k + state.cache.v, expected_state.cache.k + expected_state.cache.v, strict=True):
+    for got, wanted in zip(cache.k + cache.v, expected_cache.k + expected_cache.v, strict=True):
         got_tokens, wanted_tokens = (
-            np.asarray(pages.gather(pool, state.cache.page_table)).swapaxes(2, 3)[is_valid] for pool in (got, wanted)
+            np.asarray(pages.gather(pool, cache.page_table)).swapaxes(2, 3)[is_valid] for pool in (got, wanted)
         )
         tolerances.assert_close(got_tokens, wanted_tokens, tolerances.CACHED_VS_WHOLE["fp32"], "cache")
 
@@ -181,12 +181,7 @@ def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
     dtype: Dtype = "fp32" if jax.default_backend() == "cpu" else "bf16"
     config, mesh, batch = dataclasses.replace(KERNEL_CONFIG, dtype=dtype, quant=quant), make_mesh(), 17
     engine = KoGPT.from_random(config, implementation="ffi")
-    static = {"definition": engine._definition, "mesh": mesh}
-    lengths = np.array([1 + 7 * row for row in range(batch)], np.int32)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 128)).astype(np.int32)
-    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * batch), jnp.ones(batch, jnp.int32)
-    cache = kv_cache.make_kv_cache(config, mesh, batch, 128)
-    state, _ = decoding.prefill(engine.leaves, cache, tokens, lengths, ones, jnp.zeros(batch, bool), rows, **static)
+    state, _ = engine._prefill(engine._requests([prompt(1 + 7 * row, row) for row in range(batch)], greedy(8)))
 
     @jax.jit
     def logits(leaves, cache, tokens):
@@ -194,7 +189,7 @@ def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
             model = engine._definition.merge(leaves)
             return model.decode_step(tokens, jnp.ones_like(tokens), cache, make_semaphores())[0]
 
-        specs = decoding._state_specs(engine._definition, rows)
+        specs = decoding._state_specs(engine._definition, state.sampling)
         in_specs = (engine._definition.leaf_specs(), specs.cache, specs.tokens)
         shard_map = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.tokens, check_vma=False)
         return shard_map(leaves, cache, tokens)

@@ -23,7 +23,7 @@ from kogpt_jax import KoGPT, SamplingParams, checkpoint, decoding, kv_cache, mod
 from kogpt_jax.config import ModelConfig, Quant
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
-from kogpt_jax.sampling import RowSampling
+from kogpt_jax.packing import pack
 from kogpt_jax.sharding import make_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -45,8 +45,8 @@ def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     return tmp_path / "quantized"
 
 
-def by_path(config: ModelConfig, leaves, num_shards: int = 1) -> dict[str, np.ndarray]:
-    params = model_def(config, num_shards).params
+def by_path(config: ModelConfig, leaves) -> dict[str, np.ndarray]:
+    params = model_def(config).params
     return {param.path: np.asarray(leaf) for param, leaf in zip(params, leaves, strict=True)}
 
 
@@ -83,52 +83,6 @@ def test_each_output_has_one_scale_over_all_of_its_inputs(directory):
         assert (np.abs(qvalue * scale - weight) <= 0.5001 * scale).all()
     assert num_matrices == 2 * KERNEL_CONFIG.num_layers + 1
     assert not leaves
-
-
-def test_any_mesh_has_the_same_values(directory, tmp_path):
-    """Two tensor shards: each device has its rows of ``w_in`` with their scales, and its columns of ``w_out`` with the
-    scales of whole rows. What is kept is in Hugging Face's layout and serves one device."""
-    script = """
-        import dataclasses, pathlib, sys
-        import numpy as np
-        from kogpt_jax import checkpoint, quantized_cache
-        from kogpt_jax.model import model_def, random_leaves
-        from kogpt_jax.sharding import make_mesh
-
-        source, out = map(pathlib.Path, sys.argv[1:])
-        quantized_cache.directory = lambda: out / "quantized"
-        mesh = make_mesh(data=2, tensor=2)
-        config = dataclasses.replace(checkpoint.load_config(source), quant="w8a16")
-        leaves = quantized_cache.load_leaves(source, config, mesh)
-        params = model_def(config, 2).params
-        np.savez(out / "leaves.npz", **{p.path: leaf for p, leaf in zip(params, leaves)})
-        for p, leaf in zip(params, leaves):
-            for shard in leaf.addressable_shards:
-                s = int(np.argwhere(mesh.devices == shard.device)[0][2])
-                np.testing.assert_array_equal(shard.data, leaf[s : s + 1] if leaf.shape[0] == 2 else leaf)
-        again = quantized_cache.load_leaves(source, config, mesh)
-        for leaf, same in zip(leaves, again):
-            np.testing.assert_array_equal(leaf, same)
-    """
-    run_script(script, directory, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    engine = KoGPT.from_pretrained(directory, dtype="fp32", quant="w8a16", keep_quantized=False)
-    leaves = by_path(engine.config, engine.leaves)
-    with np.load(tmp_path / "leaves.npz") as sharded:
-        attention, ffn = np.split(leaves["blocks.1.w_out"], [128], axis=2)
-        shards = zip(np.split(attention, 2, axis=2), np.split(ffn, 2, axis=2), strict=True)
-        np.testing.assert_array_equal(
-            sharded["blocks.1.w_out"], np.concatenate([np.concatenate(part, axis=2) for part in shards])
-        )
-        for path in ("blocks.1.w_out_scale", "lm_head", "lm_head_scale"):
-            np.testing.assert_array_equal(sharded[path], leaves[path])
-        q, k, v, ffn = np.split(leaves["blocks.0.w_in_scale"][0], [128, 256, 384])
-        halves = [np.concatenate(part) for part in zip(*(np.split(part, 2) for part in (q, k, v, ffn)), strict=True)]
-        np.testing.assert_array_equal(sharded["blocks.0.w_in_scale"], np.stack(halves))
-    # The script's entry is used here: its source, dtype and scheme are the same.
-    kept = quantized_cache.load_leaves(directory, engine.config, make_mesh())
-    for leaf, same in zip(engine.leaves, kept, strict=True):
-        np.testing.assert_array_equal(leaf, same)
-    assert quantized_cache.size()[0] == 1
 
 
 def test_random_models_are_those_of_the_unquantised_seed():
@@ -195,10 +149,9 @@ def test_no_more_than_a_layer_is_converted_at_a_time(phase):
         config = dataclasses.replace(KERNEL_CONFIG, num_layers=num_layers, model_dim=256, ffn_dim=1024, quant="w8a16")
         mesh, definition = make_mesh(), model_def(config)
         leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
-        args: tuple[Any, ...] = (np.zeros((1, 16), np.int32),)
+        args: tuple[Any, ...] = tuple(pack([prompt(16)]))
         if phase == "prefill":
-            ones, rows = np.ones(1, np.int32), RowSampling.from_params([SamplingParams(seed=0)])
-            args = (kv_cache.make_kv_cache(config, mesh, 1, 64), *args, ones, ones, np.zeros(1, bool), rows)
+            args = (kv_cache.make_kv_cache(config, mesh, 1, 64), jnp.zeros((1, config.model_dim)), *args)
         compiled = getattr(decoding, phase).lower(leaves, *args, definition=definition, mesh=mesh).compile()
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[1] - temporary[0] < 4 * 256 * 1024  # of a layer's 768k weights in f32
@@ -282,15 +235,10 @@ def test_w8a8_costs_little_and_decodes_as_w8a16(directory):
     assert quantized_cache.size()[0] == 1  # one copy of the weights
 
     states = {}
-    mesh, batch = make_mesh(), 3
-    rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * batch), jnp.ones(batch, jnp.int32)
+    requests = engines["w8a16"]._requests([prompt(5, salt) for salt in range(3)], greedy(9))
     for quant, engine in engines.items():
-        cache = kv_cache.make_kv_cache(engine.config, mesh, batch, 64)
-        arguments = (cache, np.zeros((batch, 16), np.int32), 5 * ones, 9 * ones, jnp.ones(batch, bool), rows)
-        static = {"definition": engines["w8a16"]._definition, "mesh": mesh}
-        state, _ = decoding.prefill(engine.leaves, *arguments, **static)
-        static["definition"] = engine._definition
-        states[quant] = decoding.decode_loop(engine.leaves, state, num_steps=8, **static)[1]
+        state, _ = engines["w8a16"]._prefill(requests)
+        states[quant] = decoding.decode_loop(engine.leaves, state, num_steps=8, **engine._static)[1]
     jax.tree.map(np.testing.assert_array_equal, states["w8a16"], states["w8a8"])
 
 
@@ -339,7 +287,7 @@ def test_the_second_load_quantises_nothing(directory, cache, quantizations):
     assert tensors["transformer.h.1.mlp.fc_out.weight"].dtype == np.int8
     for part in ("attn.out_proj", "mlp.fc_out"):
         scale = tensors[f"transformer.h.1.{part}.weight_scale"]
-        np.testing.assert_array_equal(scale[None], by_path(first.config, first.leaves)["blocks.1.w_out_scale"])
+        np.testing.assert_array_equal(scale[None, None], by_path(first.config, first.leaves)["blocks.1.w_out_scale"])
     with pytest.raises(InputError, match="quantization_config is not supported"):
         KoGPT.from_pretrained(entry)
 

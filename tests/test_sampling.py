@@ -14,8 +14,14 @@ from small_model import log_softmax, unchecked_types
 
 from kogpt_jax.errors import InputError
 from kogpt_jax.sampling import RowSampling, SamplingParams, keep_threshold, sample
+from kogpt_jax.vocabulary import Vocabulary
 
-draw = jax.jit(sample)
+
+@jax.jit
+def draw(logits, rows, positions):
+    return sample(logits, rows, positions, Vocabulary(logits.shape[-1]))
+
+
 threshold = jax.jit(keep_threshold)
 
 VOCAB = 40

@@ -1,5 +1,8 @@
 """Mesh names, meshes, and logical axes on them."""
 
+import dataclasses
+import math
+
 import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
@@ -7,15 +10,47 @@ from small_model import CONFIG
 
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
-from kogpt_jax.sharding import MESH_AXES, make_mesh, named_sharding, parse_mesh, partition_spec
+from kogpt_jax.sharding import (
+    MESH_AXES,
+    Split,
+    make_mesh,
+    mesh_name,
+    named_sharding,
+    parse_mesh,
+    partition_spec,
+)
 
 
-def test_the_one_supported_mesh():
-    assert parse_mesh("d1p1t1") == (1, 1, 1)
-    mesh = make_mesh(*parse_mesh("d1p1t1"))
+@pytest.mark.parametrize("name", ["d1p1t1", "d2p1t4", "d1p2t2", "d1p8t1"])
+def test_a_mesh_has_the_extents_of_its_name(name):
+    extents = parse_mesh(name)
+    assert extents == (int(name[1]), int(name[3]), int(name[5]))
+    mesh = make_mesh(*extents)
     assert mesh.axis_names == MESH_AXES == ("data", "pipe", "tensor")
-    assert mesh.shape == {"data": 1, "pipe": 1, "tensor": 1}
+    assert mesh.devices.shape == extents
     assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh_name(mesh) == name
+    assert Split.of(mesh) == extents[1:]
+
+
+def test_extents_may_have_several_digits():
+    assert parse_mesh("d16p1t12") == (16, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "expected"),
+    [
+        (4, 1, [[0], [1], [2], [3]]),
+        (4, 2, [[0, 2], [1, 3]]),
+        (7, 4, [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (5, 4, [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (3, 4, [[0, 1, 2, 3]]),
+    ],
+)
+def test_layers_lie_in_a_row_over_the_stages(num_layers, num_stages, expected):
+    split = Split(num_stages)
+    assert split.layers_per_stage(num_layers) == len(expected)
+    assert [list(split.layers_of_block(block, num_layers)) for block in range(len(expected))] == expected
 
 
 @pytest.mark.parametrize(
@@ -42,12 +77,6 @@ def test_a_name_of_another_form_is_refused(name):
     assert repr(name) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["d2p1t1", "d1p2t1", "d1p1t2", "d8p4t8"])
-def test_several_devices_are_refused_by_name(name):
-    with pytest.raises(InputError, match=f"mesh '{name}' is not supported yet"):
-        parse_mesh(name)
-
-
 def test_a_mesh_needs_its_devices():
     found = len(jax.devices())
     with pytest.raises(InputError, match=rf"d1p1t{found + 1} needs {found + 1} devices, found {found}"):
@@ -59,12 +88,17 @@ def test_a_mesh_needs_its_devices():
 def test_partition_spec_maps_logical_axes():
     assert partition_spec(("batch", "q_len")) == PartitionSpec("data", None)
     assert partition_spec(("tensor_shard", "fused", "embed")) == PartitionSpec("tensor", None, None)
-    assert partition_spec(("pages", "heads", "kv_len", "head_dim")) == PartitionSpec("data", "tensor", None, None)
+    assert partition_spec(("pages", "heads", "kv_len", "head_dim")) == PartitionSpec(
+        ("data", "pipe"), "tensor", None, None
+    )
+    assert partition_spec(("vocab", "embed")) == PartitionSpec(("pipe", "tensor"), None)
     assert partition_spec((None, "heads")) == PartitionSpec(None, "tensor")
     assert partition_spec(()) == PartitionSpec()
 
 
-@pytest.mark.parametrize("axes", [("batch", "pages"), ("heads", "embed", "tensor_shard"), ("heads", "heads")])
+@pytest.mark.parametrize(
+    "axes", [("batch", "pages"), ("heads", "embed", "tensor_shard"), ("heads", "heads"), ("stage", "vocab")]
+)
 def test_two_axes_on_one_mesh_axis_are_refused(axes):
     with pytest.raises(ValueError, match="twice on one mesh axis") as caught:
         partition_spec(axes)
@@ -83,13 +117,33 @@ def test_named_sharding_is_the_partition_on_the_mesh():
     assert sharding.spec == PartitionSpec("data", None)
 
 
-def test_a_fused_weight_is_split_by_its_shard_axis_alone():
+@pytest.mark.parametrize("split", [Split(1, 1), Split(1, 3), Split(2, 3), Split(4, 1)], ids=str)
+def test_a_fused_weight_is_split_by_its_stages_and_shards_alone(split):
     """Shards of ``w_in`` and ``w_out`` are stacked: slicing the fused axis would give a device other heads' rows."""
-    for num_shards in (1, 3):
-        definition = model_def(CONFIG, num_shards)
-        for param, spec in zip(definition.params, definition.leaf_specs(), strict=True):
-            if param.path.endswith((".w_in", ".w_out", ".b_ffn_in")):
-                assert param.shape[0] == num_shards
-                assert spec == PartitionSpec("tensor", *[None] * (len(param.shape) - 1))
-            else:
-                assert set(spec) == {None}, f"{param.path} is {spec}"
+    config = dataclasses.replace(CONFIG, ffn_dim=81)
+    definition = model_def(config, split)
+    for param, spec in zip(definition.params, definition.leaf_specs(), strict=True):
+        name = param.path.rpartition(".")[2]
+        if name in ("w_in", "w_out", "b_ffn_in"):
+            assert param.shape[:2] == split
+            assert spec == PartitionSpec("pipe", "tensor", *[None] * (len(param.shape) - 2))
+        elif param.path.startswith("blocks"):
+            assert param.shape == (split.num_stages, config.model_dim)
+            assert spec == PartitionSpec("pipe", None)
+        elif name in ("embedding", "lm_head", "lm_head_bias"):
+            assert 0 <= param.shape[0] - config.vocab_size < math.prod(split)
+            assert spec[0] == ("pipe", "tensor")
+        else:
+            assert set(spec) == {None}, f"{param.path} is {spec}"
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "message"),
+    [
+        (2, "num_heads 3 is not a multiple of the 2 tensor shards"),
+        (3, "ffn_dim 80 is not a multiple of the 3 tensor shards"),
+    ],
+)
+def test_shards_that_do_not_divide_the_model_are_refused(num_shards, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        model_def(CONFIG, Split(num_shards=num_shards))

@@ -22,6 +22,7 @@ from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.evaluation import add_outliers
 from kogpt_jax.model import model_def, random_leaves
+from kogpt_jax.packing import pack
 from kogpt_jax.sharding import make_mesh
 
 PLAIN = dataclasses.replace(KERNEL_CONFIG, has_multiplier=False)
@@ -88,8 +89,8 @@ def test_rescaling_changes_no_bit_of_the_function(parts):
     changed = {path.rpartition(".")[2] for path in leaves if not np.array_equal(leaves[path], rescaled[path])}
     expected = {"norm": {"ln_scale", "ln_bias", "w_in"}, "attention": {"w_in", "w_out"}, "gelu": {"w_out"}}
     assert changed == set().union(*(expected[part] for part in parts))
-    assert ("gelu" in parts) == bool((np.asarray(rescaled["blocks.1.w_out_multiplier"])[0, DIM:] != 1).any())
-    assert (np.asarray(rescaled["blocks.1.w_out_multiplier"])[0, :DIM] == 1).all()
+    assert ("gelu" in parts) == bool((np.asarray(rescaled["blocks.1.w_out_multiplier"])[0, 0, DIM:] != 1).any())
+    assert (np.asarray(rescaled["blocks.1.w_out_multiplier"])[0, 0, :DIM] == 1).all()
     engine = engine_of(SMOOTHED, rescaled)
     tokens = prompt(40)
     np.testing.assert_array_equal(engine.logits(tokens), plain.logits(tokens))
@@ -108,10 +109,10 @@ def test_factors_of_any_size_keep_the_function_too():
     for layer in range(PLAIN.num_layers):
         block = f"blocks.{layer}."
         ratio = np.asarray(leaves[block + "ln_scale"]) / before[block + "ln_scale"]
-        assert sorted(set(np.round(ratio, 3))) == [1, 20]
-        multiplier = np.asarray(leaves[block + "w_out_multiplier"])[0, DIM:]
+        assert sorted(set(np.round(ratio, 3).ravel())) == [1, 20]
+        multiplier = np.asarray(leaves[block + "w_out_multiplier"])[0, 0, DIM:]
         assert np.count_nonzero(np.isclose(multiplier, 20)) == FFN // 32
-        rows = np.abs(np.asarray(leaves[block + "w_in"])[0, 2 * DIM : 3 * DIM]).max(axis=1)
+        rows = np.abs(np.asarray(leaves[block + "w_in"])[0, 0, 2 * DIM : 3 * DIM]).max(axis=1)
         assert np.count_nonzero(rows > 10 * np.median(rows)) == DIM // 32
 
 
@@ -247,9 +248,9 @@ def test_factors_are_powers_of_two_and_safe_for_channels_of_zeros():
 def test_a_model_with_dead_channels():
     """Neither a channel that is never active nor weights of zeros make anything that is not finite."""
     leaves = leaves_of()
-    leaves["blocks.0.ln_scale"] = leaves["blocks.0.ln_scale"].at[3].set(0)
-    leaves["blocks.0.ln_bias"] = leaves["blocks.0.ln_bias"].at[3].set(0)
-    leaves["blocks.0.w_in"] = leaves["blocks.0.w_in"].at[0, :, 5].set(0).at[0, 2 * DIM + 4].set(0)
+    leaves["blocks.0.ln_scale"] = leaves["blocks.0.ln_scale"].at[0, 3].set(0)
+    leaves["blocks.0.ln_bias"] = leaves["blocks.0.ln_bias"].at[0, 3].set(0)
+    leaves["blocks.0.w_in"] = leaves["blocks.0.w_in"].at[0, 0, :, 5].set(0).at[0, 0, 2 * DIM + 4].set(0)
     leaves["blocks.1.w_out"] = jnp.zeros_like(leaves["blocks.1.w_out"])
     expected = engine_of(PLAIN, leaves).logits(prompt(20))
     chosen = smoothing.smooth(PLAIN, leaves, make_mesh(), [prompt(64)], SETTINGS)
@@ -266,8 +267,8 @@ def test_padding_counts_for_nothing():
     static = {"definition": model_def(PLAIN), "mesh": make_mesh()}
     alone = []
     for window in windows:
-        tokens, every = np.array([window], np.int32), np.arange(len(window), dtype=np.int32)
-        alone.append(decoding.layer_inputs(leaves, tokens, np.ones(tokens.shape, bool), every, **static))
+        every = np.arange(len(window), dtype=np.int32)
+        alone.append(decoding.layer_inputs(leaves, pack([window])[0], every, **static))
     for layer, inputs in enumerate(found):
         for field in (0, 1):
             expected = np.max([np.abs(one[layer][field + 2]).max(axis=0) for one in alone], axis=0)
@@ -389,7 +390,7 @@ def test_any_mesh_has_the_same_values(directory, text, tmp_path):
     script = """
         import dataclasses, pathlib, sys
         from kogpt_jax import checkpoint, quantized_cache, smoothing
-        from kogpt_jax.sharding import make_mesh
+        from kogpt_jax.sharding import Split, make_mesh
         from kogpt_jax.tokenizer import find_tokenizer, load_tokenizer
 
         source, text, out = map(pathlib.Path, sys.argv[1:])
@@ -398,7 +399,7 @@ def test_any_mesh_has_the_same_values(directory, text, tmp_path):
         calibration = smoothing.read_calibration(text, load_tokenizer(find_tokenizer(source)))
         leaves = quantized_cache.load_leaves(source, config, make_mesh(tensor=2), calibration=calibration)
         (out / "again").mkdir()
-        checkpoint.write_leaves(out / "again", config, leaves, 2)
+        checkpoint.write_leaves(out / "again", config, leaves, Split(1, 2))
     """
     run_script(script, directory, text, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     (entry,) = (tmp_path / "quantized").iterdir()
@@ -409,7 +410,7 @@ def test_any_mesh_has_the_same_values(directory, text, tmp_path):
     engine = load(directory, text, dtype=checkpoint.stored_dtype(directory))
     assert len(list((tmp_path / "quantized").iterdir())) == 1
     multiplier = by_path(engine.config, engine.leaves)["blocks.1.w_out_multiplier"]
-    np.testing.assert_array_equal(multiplier[0, DIM:], kept["transformer.h.1.mlp.fc_out.input_multiplier"])
+    np.testing.assert_array_equal(multiplier[0, 0, DIM:], kept["transformer.h.1.mlp.fc_out.input_multiplier"])
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ ORDER = (
     "progress",
     "config",
     "sharding",
+    "packing",
+    "vocabulary",
     "kv_cache",
     "ops",
     "quantize",

@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import sentencepiece
 from jax.sharding import Mesh
@@ -23,6 +22,7 @@ from kogpt_jax import decoding
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import ModelDef
+from kogpt_jax.packing import pack
 
 TRAIN_FILES = ("reviews.train.txt", "constitution.txt")
 HELDOUT_FILE = "reviews.heldout.txt"
@@ -168,16 +168,12 @@ def measure(
         raise InputError(f"a document of {len(rows[-1])} tokens is longer than the model's context of {max_len}")
     total = 0.0
     for first in range(0, len(rows), batch):
-        group = rows[first : first + batch]
-        # Few different lengths, or each group compiles anew.
-        width = min(max_len, -(-len(group[-1]) // 64) * 64)
-        tokens = np.zeros((batch, width), np.int32)
-        is_predicted = np.zeros((batch, width), bool)
-        for slot, row in enumerate(group):
-            tokens[slot, : len(row)] = row
-            is_predicted[slot, : len(row) - 1] = True
-        logprobs = decoding.score(leaves, jax.numpy.asarray(tokens), definition=definition, mesh=mesh)
-        total -= float(np.asarray(logprobs, np.float64)[is_predicted].sum())
+        group = [row.tolist() for row in rows[first : first + batch]]
+        group += [[]] * (batch - len(group))  # or the last one compiles anew
+        (packed,) = pack(group, chunk_tokens=batch * max_len)
+        logprobs = np.asarray(decoding.score(leaves, packed, definition=definition, mesh=mesh), np.float64)
+        for begin, row in zip(packed.begins, group, strict=True):
+            total -= float(logprobs[begin : begin + len(row) - 1].sum())
     num_tokens = len(stream) - 1
     return Measured(
         documents=len(rows),

@@ -27,7 +27,7 @@ from kogpt_jax import runtime
 from kogpt_jax.config import DEMO, Dtype, ModelConfig
 from kogpt_jax.demo import DIRECTORY, data, export
 from kogpt_jax.errors import InputError
-from kogpt_jax.model import ModelDef, dense, for_heads, layer_norm, model_def, rotary_tables
+from kogpt_jax.model import ModelDef, dense, model_def, rotary_tables
 from kogpt_jax.sharding import make_mesh
 
 _SCALAR: Any = PartitionSpec()
@@ -142,12 +142,16 @@ def loss(
     """Mean cross entropy (nats) of each row's tokens after the first; runs inside `jax.shard_map`."""
     model = definition.merge([leaf.astype(definition.config.jax_dtype) for leaf in leaves])
     tokens, targets = rows[:, :-1], rows[:, 1:]
-    rotary = for_heads(rotary_tables(jnp.arange(tokens.shape[1])[None], definition.config))
+    heads = (*tokens.shape, 3, definition.config.num_heads, definition.config.head_dim)
+    cos, sin = rotary_tables(jnp.arange(tokens.shape[1]), definition.config)
     is_visible = visible(tokens, modes)
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-        q, k = apply_rotary(q, k, rotary)
-        return jax.nn.dot_product_attention(q, k, v, mask=is_visible, implementation="xla"), ()
+    def attend(qkv: Array, act: Array) -> tuple[Array, tuple[Array, ...]]:
+        q, k, v = jnp.moveaxis(qkv.reshape(heads), 2, 0)
+        q, k = apply_rotary(q, k, (cos[None, :, None], sin[None, :, None]))
+        attn = jax.nn.dot_product_attention(q, k, v, mask=is_visible, implementation="xla")
+        attn = attn.reshape(len(act), -1)
+        return jnp.concatenate([attn, act[:, attn.shape[1] :]], axis=1), ()
 
     def dropout(x: Array, layer: int) -> Array:
         if not config.dropout:
@@ -157,13 +161,13 @@ def loss(
 
     # As products with one-hot rows: summing gradients into rows of the table is slow on GPUs and in no fixed order.
     one_hot = functools.partial(jax.nn.one_hot, num_classes=definition.config.vocab_size)
+    tokens, targets = tokens.reshape(-1), targets.reshape(-1)
     x = dense(one_hot(tokens, dtype=definition.config.jax_dtype), model.embed.embedding[...].T, jnp.float32)
     x = dropout(x, 0)
     for layer, block in enumerate(model.blocks, start=1):
         y, _ = block(x, attend)
         x = x + dropout(y - x, layer)
-    hidden = layer_norm(x, model.ln_f_scale[...], model.ln_f_bias[...], definition.config)
-    return jnp.mean(optax.softmax_cross_entropy(model.logits(hidden), one_hot(targets)))
+    return jnp.mean(optax.softmax_cross_entropy(model.logits(x), one_hot(targets)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "definition", "mesh"), donate_argnames=("state",))

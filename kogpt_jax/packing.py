@@ -1,0 +1,97 @@
+"""Rows of tokens to the packed arrays that the phases over whole sequences read: nothing is computed for padding.
+
+    rows a a a | b b | c, 4 tokens a chunk
+
+    tokens   a a a b | b c . .
+    begins   0 3 -   | - 0 1
+    num_new  3 1 0   | 0 1 1
+
+A row may go on in the next chunk; a chunk's size is rounded up to a bucket, so that a new length meets a program that
+is compiled already. Under data parallelism each shard packs its own rows, and the shards' tokens stand one after
+another.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar, no_type_check
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+CHUNK_TOKENS = 8192  # a data shard's at a time: enough to keep a GPU's tensor cores busy, and little memory
+_SMALLEST_BUCKET = 16
+
+_Row = TypeVar("_Row")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "begins", "num_new"], meta_fields=["max_len"]
+)
+@dataclasses.dataclass(frozen=True)
+@no_type_check  # JAX puts other things than arrays into the same structure
+class Packed:
+    """New tokens of many rows, one after another."""
+
+    tokens: Int[Array, " T"]  # of all shards; what belongs to no row stands behind the rows of its shard
+    begins: Int[Array, " B"]  # each row's first token, counted from its shard's
+    num_new: Int[Array, " B"]  # how many are the row's; may be 0
+    max_len: int  # no row has more tokens with these and those before; a bucket, static under `jax.jit`
+
+
+def pack(rows: Sequence[Sequence[int]], *, num_shards: int = 1, chunk_tokens: int = CHUNK_TOKENS) -> list[Packed]:
+    """All tokens of rows, in chunks of at most ``chunk_tokens`` a shard.
+
+    Args:
+        rows: as many for each shard, those of the first shard first.
+        num_shards: data shards.
+        chunk_tokens: so many at most; at least ``max(map(len, rows))`` leave whole what fits into one chunk.
+
+    Returns:
+        The chunks, in which all but the last hold ``chunk_tokens`` of at least one shard.
+    """
+    rows_per_shard = len(rows) // num_shards
+    lens = np.array([len(row) for row in rows]).reshape(num_shards, rows_per_shard)
+    ends = np.cumsum(lens, axis=1)  # within the tokens of the shard
+    starts = ends - lens
+    chunks = []
+    for first in range(0, int(ends[:, -1].max()), chunk_tokens):
+        begins = np.clip(starts - first, 0, chunk_tokens)
+        stops = np.clip(ends - first, 0, chunk_tokens)
+        size = bucket(int(stops.max()))
+        tokens = np.zeros((num_shards, size), np.int32)
+        for index, row in enumerate(rows):
+            place = divmod(index, rows_per_shard)
+            read = first + begins[place] - starts[place]  # of the row, by the chunks before
+            count = stops[place] - begins[place]
+            if count > 0:
+                tokens[place[0], begins[place] : stops[place]] = row[read : read + count]
+        num_new = np.maximum(stops - begins, 0)
+        longest = int(np.max(np.where(num_new > 0, first + stops - starts, 0)))
+        # NumPy's, which `jax.jit` puts where they belong: on one device or on many.
+        arrays: Any = {"tokens": tokens, "begins": begins, "num_new": num_new}
+        arrays = {name: array.reshape(-1).astype(np.int32) for name, array in arrays.items()}
+        chunks.append(Packed(**arrays, max_len=bucket(longest)))
+    return chunks
+
+
+def deal(rows: Sequence[_Row], num_shards: int) -> list[_Row | None]:
+    """Rows in the order of their shards, dealt out one by one, so that like neighbours are shared evenly; with None as
+    padding to a power of two a shard.
+
+        a b c, 2 shards  ->  a c | b None
+    """
+    dealt = [*rows, *[None] * (power_bucket(len(rows), num_shards) - len(rows))]
+    return [row for shard in range(num_shards) for row in dealt[shard::num_shards]]
+
+
+def bucket(size: int) -> int:
+    """The least of 16, 32, 48, 64, 96, 128, 192 ... that is at least ``size``."""
+    return min(power_bucket(size, _SMALLEST_BUCKET), power_bucket(size, 3 * _SMALLEST_BUCKET))
+
+
+def power_bucket(size: int, smallest: int) -> int:
+    """The least power of two times ``smallest`` that is at least ``size``."""
+    return smallest * 2 ** max(0, math.ceil(math.log2(size / smallest)))
