@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kogpt_jax import DEMO, KOGPT_6B, KoGPT, SamplingParams, kv_cache
-from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig
+from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.model import model_def
 from kogpt_jax.ops import CHOICES, describe
@@ -45,7 +45,17 @@ GPTJ_350M = ModelConfig(
     rotary_dim=64,
     ffn_dim=4096,
 )
-PRESETS = {"kogpt-6b": KOGPT_6B, "gptj-350m": GPTJ_350M, "demo": DEMO}
+# Its heads and FFN units divide by 8, its vocabulary does not: for simulated devices.
+TINY = ModelConfig(
+    vocab_size=1003,
+    max_len=512,
+    model_dim=128,
+    num_layers=3,
+    num_heads=8,
+    rotary_dim=16,
+    ffn_dim=512,
+)
+PRESETS = {"kogpt-6b": KOGPT_6B, "gptj-350m": GPTJ_350M, "demo": DEMO, "tiny": TINY}
 SAMPLING = {
     "greedy": SamplingParams(ignore_eos=True),
     "sampled": SamplingParams(ignore_eos=True, temperature=0.8, top_k=50, top_p=0.95, seed=0),
@@ -239,16 +249,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs a decode step")
 
 
+def make_config(preset: str, num_layers: int | None, dtype: Dtype, quant: Quant) -> ModelConfig:
+    """A preset in this precision, with as many layers as are asked for (None: its own) and no end-of-text token."""
+    config = dataclasses.replace(PRESETS[preset], dtype=dtype, quant=quant, eos_token_ids=())
+    return config if num_layers is None else dataclasses.replace(config, num_layers=num_layers)
+
+
 def make_model(arguments: argparse.Namespace, max_batch_size: int) -> KoGPT:
-    """The model that `add_model_arguments` asks for. It has no end-of-text token."""
-    preset = PRESETS[arguments.preset]
-    config = dataclasses.replace(
-        preset,
-        dtype=arguments.dtype,
-        quant=arguments.quant,
-        eos_token_ids=(),
-        num_layers=preset.num_layers if arguments.layers is None else arguments.layers,
-    )
+    """The model that `add_model_arguments` asks for."""
+    config = make_config(arguments.preset, arguments.layers, arguments.dtype, arguments.quant)
     return KoGPT.from_random(config, max_batch_size=max_batch_size, implementation=arguments.implementation)
 
 

@@ -7,6 +7,7 @@ processes of their own: once plainly (the disk's rate), once through `load_leave
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -28,7 +29,7 @@ from rich.table import Table
 from kogpt_jax import checkpoint, quantized_cache
 from kogpt_jax.config import KOGPT_6B, Dtype, ModelConfig, Quant
 from kogpt_jax.model import model_def
-from kogpt_jax.sharding import make_mesh
+from kogpt_jax.sharding import make_mesh, parse_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -155,9 +156,11 @@ def touch_memory(num_bytes: int) -> float:
     return num_bytes / (time.perf_counter() - start)
 
 
-def measure_load(directory: str, dtype: Dtype | None = None, quant: Quant = "none") -> dict[str, float]:
+def measure_load(
+    directory: str, dtype: Dtype | None = None, quant: Quant = "none", mesh_name: str = "d1p1t1"
+) -> dict[str, float]:
     """Loads the checkpoint once in this process, quantised weights through their cache."""
-    mesh = make_mesh()
+    mesh = make_mesh(*parse_mesh(mesh_name))
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))  # the backend is up before the clock starts
     config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant)
     load_leaves = checkpoint.load_leaves if quant == "none" else quantized_cache.load_leaves
@@ -167,9 +170,14 @@ def measure_load(directory: str, dtype: Dtype | None = None, quant: Quant = "non
         seconds = time.perf_counter() - start
     on_host = jax.default_backend() == "cpu"
     loaded_bytes = sum(leaf.nbytes for leaf in leaves)
+    device_bytes: collections.Counter[jax.Device] = collections.Counter()
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            device_bytes[shard.device] += shard.data.nbytes
     return {
         "load_seconds": seconds,
         "loaded_bytes": loaded_bytes,
+        "device_bytes": max(device_bytes.values()),
         "peak_bytes": memory.peak_bytes - (loaded_bytes if on_host else 0),
         "peak_beyond_arrays_bytes": memory.peak_beyond_arrays_bytes,
         "num_samples": memory.num_samples,

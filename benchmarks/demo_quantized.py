@@ -24,7 +24,7 @@ from jaxtyping import Array
 from kogpt_jax import KoGPT, decoding
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, Quant
 from kogpt_jax.demo import DIRECTORY, data
-from kogpt_jax.packing import pack
+from kogpt_jax.packing import pack_whole
 
 BATCH = 64
 
@@ -36,15 +36,13 @@ def compare(reference: KoGPT, model: KoGPT, rows: Sequence[Sequence[int]]) -> di
     num_tokens = 0
     for first in range(0, len(rows), BATCH):
         group = rows[first : first + BATCH]
-        (packed,) = pack(group + [[]] * (BATCH - len(group)))  # as many rows, or the last group compiles anew
-        is_predicted = np.zeros(len(packed.tokens), bool)
-        for begin, row in zip(packed.begins, group, strict=False):
+        # As many rows, or the last group compiles anew.
+        chunks = pack_whole(group + [[]] * (BATCH - len(group)), num_shards=1, num_chunks=1)
+        is_predicted = np.zeros(chunks.tokens.shape[1], bool)
+        for begin, row in zip(chunks.begins[0], group, strict=False):
             is_predicted[begin : begin + len(row) - 1] = True
-        logits = [
-            decoding.all_logits(engine.leaves, packed, definition=engine._definition, mesh=engine.mesh)
-            for engine in (reference, model)
-        ]
-        totals += np.asarray(_sums(*logits, packed.tokens, jnp.asarray(is_predicted)), np.float64)
+        logits = [decoding.all_logits(engine.leaves, chunks, **engine._static)[0] for engine in (reference, model)]
+        totals += np.asarray(_sums(*logits, chunks.tokens[0], jnp.asarray(is_predicted)), np.float64)
         num_tokens += int(is_predicted.sum())
     nats, model_nats, agreeing = totals / num_tokens
     return {

@@ -1,6 +1,6 @@
 """At the layer shape of KoGPT-6B: does any mode lose more than what rounding to INT8 costs by itself?
 
-A model of a layer or two of that shape, with heavy-tailed random weights: normal ones, each times e^(0.7 z), so that few
+A model of a layer or two of that shape with heavy-tailed random weights: normal ones, each times e^(0.7 z), so that few
 are large among many small, as in trained models. The logits of a mode are compared with those of the same weights in
 f32; so are the logits of a forward written out here in f32 whose weights and activations are rounded in the open
 ("fake-quantised"). A mode may lose 1.1 times what that one loses and, in 16 bits, what the unquantised model in the

@@ -9,7 +9,7 @@ all is done.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, no_type_check
 
 import jax
@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from custom_ops import make_semaphores
 from custom_ops.prefill_attention import token_rows
 from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, pages_per_row
-from kogpt_jax.model import GPTJ, Block, ModelDef, Watch
+from kogpt_jax.model import GPTJ, Block, ModelDef
 from kogpt_jax.packing import Packed
+from kogpt_jax.pipeline import from_last_stage, microbatch, run_ticks, with_microbatch
 from kogpt_jax.sampling import RowSampling, sample
 from kogpt_jax.sharding import partition_spec
 
@@ -31,8 +32,10 @@ NO_TOKEN = -1  # stands where a finished row emits nothing
 _ROWS: Any = partition_spec(("batch",))
 _ROWS_BY_LEN: Any = partition_spec(("batch", "q_len"))
 _ROWS_BY_EMBED: Any = partition_spec(("batch", "embed"))
-_TOKENS: Any = partition_spec(("tokens",))
-_TOKENS_BY_VOCAB: Any = partition_spec(("tokens", None))
+_CHUNKS: Any = partition_spec((None, "tokens"))
+_CHUNKS_BY_VOCAB: Any = partition_spec((None, "tokens", None))
+_CHUNKS_OF_ROWS: Any = partition_spec((None, "batch"))
+_IN_FLIGHT: Any = partition_spec(("in_flight", "embed"))
 _REPLICATED: Any = PartitionSpec()
 
 # No CUDA graphs (XLA's command buffers) around a decode step: XLA makes one of each op's kernels and puts it into the
@@ -46,7 +49,7 @@ SCORE_BLOCK = 1024
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "tokens", "num_remaining", "ignore_eos", "sampling", "semaphores"],
+    data_fields=["cache", "tokens", "num_remaining", "ignore_eos", "sampling", "semaphores", "in_flight"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class DecodeState:
     ignore_eos: Bool[Array, " B"]
     sampling: RowSampling
     semaphores: Int[Array, " num_semaphores"]  # what the kernels of a step count with: zeros between them
+    in_flight: Float[Array, "B D"] | None  # between a pipeline's stages: a microbatch a stage; None for one stage
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "logprobs", "all_done"], meta_fields=[])
@@ -71,6 +75,10 @@ class Emitted:
     tokens: Int[Array, "B steps"]
     logprobs: Float[Array, "B steps"]
     all_done: Bool[Array, ""]
+
+
+_Decoding = tuple[DecodeState, tuple[Array, ...]]  # with what it has emitted
+_Scratch = tuple[tuple[tuple[Array, ...], ...], Array]  # pages of keys and of values, and results
 
 
 class LayerInputs(NamedTuple):
@@ -87,33 +95,57 @@ def prefill(
     leaves: Sequence[Array],
     cache: KVCache,
     last_hidden: Float[Array, "B D"],
-    packed: Packed,
+    chunks: Packed,
     *,
     definition: ModelDef,
     mesh: Mesh,
 ) -> tuple[KVCache, Float[Array, "B D"]]:
-    """Reads prompts, or a chunk of them, into the cache.
+    """Reads prompts, or chunks of them, into the cache.
 
     Args:
         leaves: parameters, in the order of ``definition.params``.
-        cache: what the chunks before have read; donated.
-        last_hidden: the residual stream of each row's last token, f32, from the chunks before; donated.
-        packed: the chunk. Rows that have no token in it stay as they are.
+        cache: what the calls before have read; donated.
+        last_hidden: the residual stream of each row's last token, f32, from the calls before; donated.
+        chunks: stacked (`packing.stack`), and read one after another. Rows that have no token in them stay as they are.
     """
+    num_stages = definition.split.num_stages
 
-    def local(leaves: Sequence[Array], cache: KVCache, last_hidden: Array, packed: Packed) -> tuple[KVCache, Array]:
-        hidden, cache = definition.merge(leaves).prefill(packed, cache)
-        last = hidden[jnp.maximum(packed.begins + packed.num_new - 1, 0)]
-        return cache, jnp.where(packed.num_new[:, None] > 0, last, last_hidden)
+    def local(leaves: Sequence[Array], cache: KVCache, last_hidden: Array, chunks: Packed) -> tuple[KVCache, Array]:
+        model = definition.merge(leaves)
+        num_chunks = chunks.tokens.shape[0]
+        lengths = cache.lengths + jnp.cumsum(chunks.num_new, axis=0)  # after each chunk
 
-    cache_spec = cache_specs(definition.config.num_layers)
+        def run(number: Any, x: Array, carry: tuple[KVCache, Array]) -> tuple[Array, tuple[KVCache, Array]]:
+            cache, last_hidden = carry
+            packed = _chunk(chunks, number)
+            before = dataclasses.replace(cache, lengths=_chunk(lengths, number) - packed.num_new)
+            if num_stages > 1:
+                is_chunk = (number >= 0) & (number < num_chunks)
+                packed = dataclasses.replace(packed, num_new=jnp.where(is_chunk, packed.num_new, 0))
+            x, after = model.prefill(x, packed, before)
+            last = x[jnp.maximum(packed.begins + packed.num_new - 1, 0)]
+            last_hidden = jnp.where(packed.num_new[:, None] > 0, last, last_hidden)
+            return x, (dataclasses.replace(after, lengths=cache.lengths), last_hidden)
+
+        _, (cache, last_hidden) = run_ticks(
+            num_stages,
+            range(num_chunks + num_stages - 1),
+            lambda number, _: model.embed(_chunk(chunks, number).tokens),
+            run,
+            None,
+            _empty_flight(chunks.tokens.shape[1], definition),
+            (cache, last_hidden),
+        )
+        return dataclasses.replace(cache, lengths=lengths[-1]), from_last_stage(last_hidden, num_stages)
+
+    cache_spec = cache_specs(definition.layers_per_stage)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(definition.leaf_specs(), cache_spec, _ROWS_BY_EMBED, _packed_specs(packed)),
+        in_specs=(definition.leaf_specs(), cache_spec, _ROWS_BY_EMBED, _chunks_specs(chunks)),
         out_specs=(cache_spec, _ROWS_BY_EMBED),
         check_vma=False,
-    )(list(leaves), cache, last_hidden, packed)
+    )(list(leaves), cache, last_hidden, chunks)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache",))
@@ -128,15 +160,26 @@ def start_decode(
     definition: ModelDef,
     mesh: Mesh,
 ) -> tuple[DecodeState, Emitted]:
-    """Samples each row's first token, once `prefill` has read the prompts. ``cache`` is donated. A row of
-    ``max_new_tokens`` 0 is padding and emits nothing."""
+    """Samples each row's first token, once `prefill` has read the prompts, and fills the pipeline with them. ``cache``
+    is donated. A row of ``max_new_tokens`` 0 is padding and emits nothing."""
+    num_stages = definition.split.num_stages
 
     def local(leaves: Sequence[Array], state: DecodeState, last_hidden: Array) -> tuple[DecodeState, Emitted]:
         model = definition.merge(leaves)
         state, new_tokens, logprobs = _next_token(state, model.logits(last_hidden), definition)
-        return state, _emitted(new_tokens[:, None], logprobs[:, None], state)
+        emitted = _emitted(new_tokens[:, None], logprobs[:, None], state)
+        state = _decode_ticks(model, state, range(num_stages - 1), definition)[0]
+        return state, emitted
 
-    state = DecodeState(cache, jnp.zeros_like(cache.lengths), max_new_tokens, ignore_eos, sampling, make_semaphores())
+    state = DecodeState(
+        cache,
+        jnp.zeros_like(cache.lengths),
+        max_new_tokens,
+        ignore_eos,
+        sampling,
+        make_semaphores(),
+        _empty_flight(last_hidden.shape[0], definition),
+    )
     specs = _state_specs(definition, sampling)
     return jax.shard_map(
         local,
@@ -156,23 +199,14 @@ def start_decode(
 def decode_loop(
     leaves: Sequence[Array], state: DecodeState, *, definition: ModelDef, mesh: Mesh, num_steps: int
 ) -> tuple[DecodeState, Emitted]:
-    """``num_steps`` decode steps. ``state`` is donated and its cache updated in place."""
+    """``num_steps`` tokens for each row. ``state`` is donated and its cache updated in place."""
+    num_stages = definition.split.num_stages
 
     def local(leaves: Sequence[Array], state: DecodeState) -> tuple[DecodeState, Emitted]:
         model = definition.merge(leaves)
-        batch = state.tokens.shape[0]
-
-        def step(i: Array, carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
-            state, tokens, logprobs = carry
-            num_new = (state.num_remaining > 0).astype(jnp.int32)
-            logits, cache, semaphores = model.decode_step(state.tokens, num_new, state.cache, state.semaphores)
-            state = dataclasses.replace(state, cache=cache, semaphores=semaphores)
-            state, new_tokens, new_logprobs = _next_token(state, logits, definition)
-            return state, tokens.at[:, i].set(new_tokens), logprobs.at[:, i].set(new_logprobs)
-
-        no_tokens = jnp.full((batch, num_steps), NO_TOKEN, jnp.int32)
-        no_logprobs = jnp.zeros((batch, num_steps), jnp.float32)
-        state, tokens, logprobs = jax.lax.fori_loop(0, num_steps, step, (state, no_tokens, no_logprobs))
+        # `start_decode` has brought the first microbatch to the last stage.
+        ticks = range(num_stages - 1, num_stages - 1 + num_steps * num_stages)
+        state, tokens, logprobs = _decode_ticks(model, state, ticks, definition)
         return state, _emitted(tokens, logprobs, state)
 
     specs = _state_specs(definition, state.sampling)
@@ -185,62 +219,169 @@ def decode_loop(
     )(list(leaves), state)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "mesh"))
-def all_logits(leaves: Sequence[Array], packed: Packed, *, definition: ModelDef, mesh: Mesh) -> Float[Array, "T V"]:
-    """Logits of each packed token, in f32; rows begin with their first token here."""
+def _decode_ticks(
+    model: GPTJ, state: DecodeState, ticks: range, definition: ModelDef
+) -> tuple[DecodeState, Array, Array]:
+    """Ticks of the decode schedule, and the tokens [B, steps] that came out with their log-probabilities; fewer ticks
+    than there are stages only fill the pipeline."""
+    num_stages = definition.split.num_stages
+    batch, num_steps = state.tokens.shape[0], len(ticks) // num_stages
+    emitted = (jnp.full((batch, num_steps), NO_TOKEN, jnp.int32), jnp.zeros((batch, num_steps), jnp.float32))
 
-    def local(leaves: Sequence[Array], packed: Packed) -> Array:
+    def enter(number: Any, carry: _Decoding) -> Array:
+        return model.embed(microbatch(carry[0].tokens, number, num_stages))
+
+    def run(number: Any, x: Array, carry: _Decoding) -> tuple[Array, _Decoding]:
+        state, emitted = carry
+        part = microbatch(_rows_of(state), number, num_stages)
+        is_running = part.num_remaining > 0
+        if num_stages > 1:
+            is_running &= number >= 0
+        cache = dataclasses.replace(part.cache, k=state.cache.k, v=state.cache.v)
+        x, cache, semaphores = model.decode_step(x, is_running.astype(jnp.int32), cache, state.semaphores)
+        cache = dataclasses.replace(state.cache, k=cache.k, v=cache.v)
+        return x, (dataclasses.replace(state, cache=cache, semaphores=semaphores), emitted)
+
+    def leave(number: Any, x: Array, carry: _Decoding) -> _Decoding:
+        state, emitted = carry
+        logits, semaphores = model.next_logits(x, state.semaphores)
+        rows = _rows_of(state)
+        part = microbatch(rows, number, num_stages)
+        # All stages have the token by now: until then its place is the same for all of them.
+        lengths = part.cache.lengths + (part.num_remaining > 0)
+        part = dataclasses.replace(part, cache=dataclasses.replace(part.cache, lengths=lengths))
+        part, *new = _next_token(part, logits, definition)
+        rows = with_microbatch(rows, part, number, num_stages)
+        cache = dataclasses.replace(rows.cache, k=state.cache.k, v=state.cache.v)
+        state = dataclasses.replace(rows, cache=cache, semaphores=semaphores)
+        place = (number % num_stages * len(new[0]), number // num_stages)
+        tokens, logprobs = (
+            jax.lax.dynamic_update_slice(all_rows, of_part[:, None], place)
+            for all_rows, of_part in zip(emitted, new, strict=True)
+        )
+        return state, (tokens, logprobs)
+
+    carry: _Decoding = (dataclasses.replace(state, in_flight=None), emitted)
+    in_flight, (state, (tokens, logprobs)) = run_ticks(
+        num_stages, ticks, enter, run, leave if num_steps else None, state.in_flight, carry
+    )
+    return dataclasses.replace(state, in_flight=in_flight), tokens, logprobs
+
+
+def _rows_of(state: DecodeState) -> DecodeState:
+    """Those arrays of a state that have rows."""
+    nothing: Any = None
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, k=(), v=()), semaphores=nothing)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"))
+def all_logits(leaves: Sequence[Array], chunks: Packed, *, definition: ModelDef, mesh: Mesh) -> Float[Array, "C T V"]:
+    """Logits of each packed token, in f32; each row is whole in one chunk."""
+
+    def local(leaves: Sequence[Array], chunks: Packed) -> Array:
         model = definition.merge(leaves)
-        return definition.vocabulary.gather(model.logits(_read_whole(model, packed)))
 
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(definition.leaf_specs(), _packed_specs(packed)),
-        out_specs=_TOKENS_BY_VOCAB,
-        check_vma=False,
-    )(list(leaves), packed)
+        def logits(hidden: Array, packed: Packed) -> Array:
+            return definition.vocabulary.gather(model.logits(hidden))
+
+        return _read_whole(model, chunks, logits, definition)
+
+    return _over_chunks(local, _CHUNKS_BY_VOCAB, chunks, definition, mesh)(list(leaves), chunks)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"))
-def score(leaves: Sequence[Array], packed: Packed, *, definition: ModelDef, mesh: Mesh) -> Float[Array, " T"]:
+def score(leaves: Sequence[Array], chunks: Packed, *, definition: ModelDef, mesh: Mesh) -> Float[Array, "C T"]:
     """The log-probability of each packed token's successor: entry t is that of ``tokens[t + 1]``, and means nothing
-    for a row's last token. Rows begin with their first token here."""
+    for a row's last token. Each row is whole in one chunk."""
 
-    def local(leaves: Sequence[Array], packed: Packed) -> Array:
+    def local(leaves: Sequence[Array], chunks: Packed) -> Array:
         model = definition.merge(leaves)
-        hidden = _read_whole(model, packed)
 
-        def logprobs(block: tuple[Array, Array]) -> Array:
+        def block_logprobs(block: tuple[Array, Array]) -> Array:
             hidden, targets = block
             return definition.vocabulary.logprobs(model.logits(hidden), targets)
 
-        blocks = (-1, math.gcd(packed.tokens.shape[0], SCORE_BLOCK))
-        targets = jnp.roll(packed.tokens, -1).reshape(blocks)
-        # A real loop: unrolled, XLA keeps the logits of all blocks alive at once.
-        return jax.lax.map(logprobs, (hidden.reshape(*blocks, hidden.shape[1]), targets)).reshape(-1)
+        def logprobs(hidden: Array, packed: Packed) -> Array:
+            blocks = (-1, math.gcd(packed.tokens.shape[0], SCORE_BLOCK))
+            targets = jnp.roll(packed.tokens, -1).reshape(blocks)
+            # A real loop: unrolled, XLA keeps the logits of all blocks alive at once.
+            return jax.lax.map(block_logprobs, (hidden.reshape(*blocks, hidden.shape[1]), targets)).reshape(-1)
 
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(definition.leaf_specs(), _packed_specs(packed)),
-        out_specs=_TOKENS,
-        check_vma=False,
-    )(list(leaves), packed)
+        return _read_whole(model, chunks, logprobs, definition)
+
+    return _over_chunks(local, _CHUNKS, chunks, definition, mesh)(list(leaves), chunks)
 
 
-def _read_whole(model: GPTJ, packed: Packed, watch: Watch | None = None) -> Float[Array, "T D"]:
-    """The residual stream of rows that are read once and not gone on with, over pages that the layers share."""
-    config = model.config
-    num_heads = config.num_heads // jax.lax.axis_size("tensor")
+def _read_whole(
+    model: GPTJ, chunks: Packed, result: Callable[[Array, Packed], Array], definition: ModelDef
+) -> Float[Array, "C T *result"]:
+    """What ``result`` makes of the residual stream of each chunk. Its rows begin in it and are not gone on with, so
+    that all layers of a stage share the pages of one."""
+    config, num_stages = model.config, definition.split.num_stages
+    num_chunks, num_tokens = chunks.tokens.shape
+    pages = _scratch_pages(num_tokens, chunks.begins.shape[1], definition)
+
+    def run(number: Any, x: Array, carry: _Scratch) -> tuple[Array, _Scratch]:
+        # Where there is no chunk, one is read again: nobody looks at the pages or at what comes out.
+        (k, v), results = carry
+        packed = _chunk(chunks, number)
+        cache = KVCache(k=k, v=v, page_table=_scratch_page_table(packed), lengths=jnp.zeros_like(packed.num_new))
+        x, cache = model.prefill(x, packed, cache)
+        return x, ((cache.k, cache.v), results)
+
+    def leave(number: Any, x: Array, carry: _Scratch) -> _Scratch:
+        scratch, results = carry
+        # A number below 0 writes what chunk 0 will write again.
+        new = result(x, _chunk(chunks, number))
+        return scratch, jax.lax.dynamic_update_index_in_dim(results, new, jnp.maximum(number, 0), 0)
+
+    shape = jax.eval_shape(result, jax.ShapeDtypeStruct((num_tokens, config.model_dim), jnp.float32), _chunk(chunks, 0))
+    carry: _Scratch = (((pages,), (pages,)), jnp.zeros((num_chunks, *shape.shape), shape.dtype))
+    _, (_, results) = run_ticks(
+        num_stages,
+        range(num_chunks + num_stages - 1),
+        lambda number, _: model.embed(_chunk(chunks, number).tokens),
+        run,
+        leave,
+        _empty_flight(num_tokens, definition),
+        carry,
+    )
+    return results
+
+
+def _scratch_pages(num_tokens: int, num_rows: int, definition: ModelDef) -> Float[Array, "pages N page_len H"]:
+    """Pages of a layer for rows that begin together."""
+    config = definition.config
     # Each row has at most one page that is not full; the last one is scratch.
-    num_pages = packed.tokens.shape[0] // PAGE_LEN + packed.begins.shape[0] + 1
-    pages = jnp.zeros((num_pages, num_heads, PAGE_LEN, config.head_dim), config.jax_dtype)
+    num_pages = num_tokens // PAGE_LEN + num_rows + 1
+    num_heads = config.num_heads // definition.split.num_shards
+    return jnp.zeros((num_pages, num_heads, PAGE_LEN, config.head_dim), config.jax_dtype)
+
+
+def _scratch_page_table(packed: Packed) -> Int[Array, "B max_pages"]:
+    """The rows' pages one after another."""
     row_pages = -(-packed.num_new // PAGE_LEN)
     first_pages = jnp.cumsum(row_pages) - row_pages
-    page_table = first_pages[:, None] + jnp.arange(pages_per_row(packed.max_len), dtype=jnp.int32)
-    cache = KVCache(k=(pages,), v=(pages,), page_table=page_table, lengths=jnp.zeros_like(packed.num_new))
-    return model.prefill(packed, cache, watch)[0]
+    return first_pages[:, None] + jnp.arange(pages_per_row(packed.max_len), dtype=jnp.int32)
+
+
+def _over_chunks(
+    local: Callable[..., Array], out_specs: Any, chunks: Packed, definition: ModelDef, mesh: Mesh
+) -> Callable[..., Array]:
+    in_specs = (definition.leaf_specs(), _chunks_specs(chunks))
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _chunk(chunks: Any, number: Any) -> Any:
+    """One of stacked chunks; of a number that is none's, the nearest one."""
+    return jax.tree.map(lambda array: array[jnp.clip(number, 0, len(array) - 1)], chunks)
+
+
+def _empty_flight(rows: int, definition: ModelDef) -> Float[Array, "rows D"] | None:
+    """What is between the stages of a pipeline before the first tick."""
+    if definition.split.num_stages == 1:
+        return None
+    return jnp.zeros((rows, definition.config.model_dim), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"))
@@ -269,13 +410,17 @@ def layer_inputs(
             largest = [jnp.max(jnp.abs(x), axis=0, where=is_read[:, None], initial=0) for x in rows]
             found.append(LayerInputs(*(x.astype(jnp.float32) for x in largest), *(x[picked] for x in rows)))
 
-        _read_whole(definition.merge(leaves), packed, watch)
+        model = definition.merge(leaves)
+        pages = _scratch_pages(packed.tokens.shape[0], packed.begins.shape[0], definition)
+        page_table, lengths = _scratch_page_table(packed), jnp.zeros_like(packed.num_new)
+        cache = KVCache(k=(pages,), v=(pages,), page_table=page_table, lengths=lengths)
+        model.prefill(model.embed(packed.tokens), packed, cache, watch)
         return found
 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(definition.leaf_specs(), _packed_specs(packed), _REPLICATED),
+        in_specs=(definition.leaf_specs(), _REPLICATED, _REPLICATED),
         out_specs=_REPLICATED,
         check_vma=False,
     )(list(leaves), packed, picked)
@@ -285,7 +430,8 @@ def layer_inputs(
 def stepped_logits(
     leaves: Sequence[Array], cache: KVCache, tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
 ) -> Float[Array, "B T V"]:
-    """Logits of every position in f32, each token read by a decode step: `all_logits` through the cache.
+    """Logits of every position in f32, each token read by a decode step: `all_logits` through the cache. On a mesh
+    without stages.
 
     Args:
         leaves: parameters, in the order of ``definition.params``.
@@ -298,7 +444,8 @@ def stepped_logits(
         num_new = jnp.ones(tokens.shape[0], jnp.int32)
 
         def step(carry: tuple[KVCache, Array], tokens: Array) -> tuple[tuple[KVCache, Array], Array]:
-            logits, cache, semaphores = model.decode_step(tokens, num_new, *carry)
+            x, cache, semaphores = model.decode_step(model.embed(tokens), num_new, *carry)
+            logits, semaphores = model.next_logits(x, semaphores)
             return (cache, semaphores), logits
 
         _, logits = jax.lax.scan(step, (cache, make_semaphores()), tokens.T)
@@ -307,7 +454,7 @@ def stepped_logits(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(definition.leaf_specs(), cache_specs(definition.config.num_layers), _ROWS_BY_LEN),
+        in_specs=(definition.leaf_specs(), cache_specs(definition.layers_per_stage), _ROWS_BY_LEN),
         out_specs=_ROWS_BY_LEN,
         check_vma=False,
     )(list(leaves), cache, tokens)
@@ -329,8 +476,8 @@ def _emitted(tokens: Array, logprobs: Array, state: DecodeState) -> Emitted:
     return Emitted(tokens, logprobs, num_running == 0)
 
 
-def _packed_specs(packed: Packed) -> Packed:
-    return dataclasses.replace(packed, tokens=_TOKENS, begins=_ROWS, num_new=_ROWS)
+def _chunks_specs(chunks: Packed) -> Packed:
+    return dataclasses.replace(chunks, tokens=_CHUNKS, begins=_CHUNKS_OF_ROWS, num_new=_CHUNKS_OF_ROWS)
 
 
 def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
@@ -341,6 +488,7 @@ def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
         ignore_eos=_ROWS,
         sampling=jax.tree.map(lambda _: _ROWS, sampling),
         semaphores=_REPLICATED,  # each device has its own
+        in_flight=None if definition.split.num_stages == 1 else _IN_FLIGHT,
     )
 
 

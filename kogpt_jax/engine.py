@@ -27,7 +27,7 @@ from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
-from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, deal, pack, power_bucket
+from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, deal, pack_prompts, pack_whole, power_bucket
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import Split
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
@@ -175,7 +175,7 @@ class KoGPT:
                 the first and kept, if ``keep_quantized``.
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
             kv_dtype: must be None, the cache has the model's dtype.
-            mesh: devices along data (rows), pipe (layers; only 1 is supported yet) and tensor (heads and FFN units),
+            mesh: devices along data (rows), pipe (layers) and tensor (heads and FFN units),
                 such as "d2p1t4".
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
@@ -194,7 +194,7 @@ class KoGPT:
         check_choice(implementation)
         if kv_dtype is not None:
             raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
-        extents = _parse_mesh(mesh)
+        extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
@@ -241,7 +241,7 @@ class KoGPT:
         implementation: Choice = "auto",
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
-        extents = _parse_mesh(mesh)
+        extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are made
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
@@ -323,9 +323,10 @@ class KoGPT:
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
-        packed = self._pack_whole(deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"]))
-        logits = decoding.all_logits(self.leaves, packed, **self._static)
-        return np.asarray(logits)[: len(token_ids)].copy()  # cut here: on the device each length would be a program
+        slots = deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"])
+        chunks = self._pack_whole(slots, 1)
+        logits = decoding.all_logits(self.leaves, chunks, **self._static)
+        return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities and perplexity of texts.
@@ -345,16 +346,19 @@ class KoGPT:
                 raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
-            slots = deal(group, self.mesh.shape["data"])
-            packed = self._pack_whole([None if index is None else rows[index] for index in slots])
-            logprobs = np.asarray(decoding.score(self.leaves, packed, **self._static))
-            tokens_per_shard = len(packed.tokens) // self.mesh.shape["data"]
-            rows_per_shard = len(packed.begins) // self.mesh.shape["data"]
+            num_stages = self.mesh.shape["pipe"]
+            num_chunks = 1 if num_stages == 1 else min(power_bucket(len(group), 1), 4 * num_stages)
+            num_parts = num_chunks * self.mesh.shape["data"]
+            slots = deal(group, num_parts)
+            chunks = self._pack_whole([None if text is None else rows[text] for text in slots], num_chunks)
+            logprobs = np.asarray(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
+            begins = np.asarray(chunks.begins).reshape(num_parts, -1)
             for slot, text in enumerate(slots):
                 if text is None:
                     continue
-                begin = slot // rows_per_shard * tokens_per_shard + packed.begins[slot]
-                row = logprobs[begin : begin + len(rows[text]) - 1].astype(np.float64)
+                part, place = divmod(slot, begins.shape[1])
+                begin = begins[part, place]
+                row = logprobs[part, begin : begin + len(rows[text]) - 1].astype(np.float64)
                 self._check_finite(text, 1, row)
                 scores[text] = Score(rows[text], (None, *row.tolist()), perplexity(-row.mean()))
         return [score for score in scores if score is not None]
@@ -438,7 +442,7 @@ class KoGPT:
         return itertools.chain.from_iterable(map(self._run_batch, groups))
 
     def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
-        slots = deal(requests, self.mesh.shape["data"])
+        slots = deal(requests, self.mesh.shape["data"], multiple=self.mesh.shape["pipe"])
         num_emitted = [0] * len(slots)
         finished: set[int] = set()
         for emitted in self._dispatch(slots):
@@ -492,8 +496,9 @@ class KoGPT:
         capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
         cache = kv_cache.make_kv_cache(self.config, self.mesh, len(rows), capacity)
         last_hidden = jnp.zeros((len(rows), self.config.model_dim), jnp.float32)
-        for packed in pack([row.prompt_ids for row in rows], num_shards=self.mesh.shape["data"]):
-            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, packed, **self._static)
+        prompts = [row.prompt_ids for row in rows]
+        for chunks in pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"]):
+            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, chunks, **self._static)
         return decoding.start_decode(
             self.leaves,
             cache,
@@ -504,11 +509,10 @@ class KoGPT:
             **self._static,
         )
 
-    def _pack_whole(self, slots: Sequence[Sequence[int] | None]) -> Packed:
+    def _pack_whole(self, slots: Sequence[Sequence[int] | None], num_chunks: int) -> Packed:
         """Rows that are read at once and not gone on with; None is a row of padding."""
         rows = [() if row is None else row for row in slots]
-        (packed,) = pack(rows, num_shards=self.mesh.shape["data"], chunk_tokens=sum(len(row) for row in rows))
-        return packed
+        return pack_whole(rows, num_shards=self.mesh.shape["data"], num_chunks=num_chunks)
 
     def _scored_together(self, lens: Sequence[int]) -> Iterator[list[int]]:
         """Groups texts that fit the device, long ones first, into as many tokens as prefill reads at a time."""
@@ -602,13 +606,6 @@ def resolve_eos(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig
     if is_default and tokenizer is not None and tokenizer.eos_id is not None:
         return dataclasses.replace(config, eos_token_ids=(tokenizer.eos_id,))
     return config
-
-
-def _parse_mesh(name: str) -> tuple[int, int, int]:
-    extents = sharding.parse_mesh(name)
-    if extents[1] > 1:
-        raise InputError(f"mesh {name!r} is not supported yet: only 1 along pipe")
-    return extents
 
 
 def _check_max_batch_size(max_batch_size: int) -> None:

@@ -33,7 +33,7 @@ from kogpt_jax.environment import environment, write_result
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import model_def
-from kogpt_jax.packing import pack
+from kogpt_jax.packing import pack_whole
 from kogpt_jax.progress import counting
 from kogpt_jax.sharding import make_mesh
 from kogpt_jax.text_files import line_documents, read_text_file
@@ -372,8 +372,8 @@ def _batches(
 def _logits(engine: KoGPT, tokens: Int[np.ndarray, "B T"], phase: Phase) -> Float[Array, "B T V"]:
     static: dict[str, Any] = {"definition": engine._definition, "mesh": engine.mesh}
     if phase == "prefill":
-        (packed,) = pack(tokens.tolist(), chunk_tokens=tokens.size)
-        return decoding.all_logits(engine.leaves, packed, **static)[: tokens.size].reshape(*tokens.shape, -1)
+        chunks = pack_whole(tokens.tolist(), num_shards=1, num_chunks=1)
+        return decoding.all_logits(engine.leaves, chunks, **static)[0, : tokens.size].reshape(*tokens.shape, -1)
     cache = kv_cache.make_kv_cache(engine.config, engine.mesh, *tokens.shape)
     return decoding.stepped_logits(engine.leaves, cache, tokens, **static)
 

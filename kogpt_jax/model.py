@@ -222,26 +222,26 @@ class GPTJ(nnx.Module):
         self.lm_head_bias = _param((self.vocabulary.padded_size,), ("vocab",), config)
 
     def prefill(
-        self, packed: Packed, cache: KVCache, watch: Watch | None = None
+        self, x: Float[Array, "T D"], packed: Packed, cache: KVCache, watch: Watch | None = None
     ) -> tuple[Float[Array, "T D"], KVCache]:
         """Reads new tokens of each row, which see those of the row in the cache and one another, causally.
 
         Args:
-            packed: one data shard's.
+            x: the residual stream before the first of these layers: the tokens' embedding, if there is one stage.
+            packed: one data shard's tokens.
             cache: the tokens before. With pages of one layer only, all layers use these in turn: for rows that begin
                 here and are not gone on with.
             watch: is given each block, what goes into it, and ``w_out``'s input.
 
         Returns:
-            The residual stream behind the last layer, which means nothing for tokens of no row; the cache with the
-            tokens.
+            The residual stream behind the last of the layers, which means nothing for tokens of no row; the cache with
+            the tokens.
         """
         begins, num_new = packed.begins, packed.num_new
         row_of_token, index, _ = token_rows(begins, num_new, packed.tokens.shape[0])
         rotary = rotary_tables(cache.lengths[row_of_token] + index, self.config)
         page_table = cache.page_table[:, : pages_per_row(packed.max_len)]
         new_pages: list[tuple[Array, ...]] = list(zip(cache.k, cache.v, strict=True))
-        x = self.embed(packed.tokens)
         for layer, block in enumerate(self.blocks):
             slot = layer % len(new_pages)
 
@@ -269,25 +269,29 @@ class GPTJ(nnx.Module):
         return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(
-        self, tokens: Int[Array, " B"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
-    ) -> tuple[Float[Array, "B local_V"], KVCache, Array]:
+        self, x: Float[Array, "B D"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
+    ) -> tuple[Float[Array, "B D"], KVCache, Array]:
         """Appends one token a row and attends to all of the row.
 
         Args:
-            tokens: the token that follows the cached ones.
+            x: the residual stream before the first of these layers, of the tokens that follow the cached ones.
             num_new: 1 for a running row; 0 for a finished one, whose cache and length stay as they are.
             cache: the tokens before.
             semaphores: from ``custom_ops.make_semaphores``.
 
         Returns:
-            Logits in f32 of this device's tokens (those of a finished row mean nothing), the cache, the semaphores.
+            The residual stream behind the last of the layers (that of a finished row means nothing), the cache, the
+            semaphores.
         """
         rotary = rotary_tables(cache.lengths, self.config)
-        x = self.embed(tokens)
         new_pages = []
         for layer, block in enumerate(self.blocks):
             x, layer_pages, semaphores = block.decode_step(x, rotary, layer, cache, num_new, semaphores)
             new_pages.append(layer_pages)
+        return x, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
+
+    def next_logits(self, x: Float[Array, "B D"], semaphores: Array) -> tuple[Float[Array, "B local_V"], Array]:
+        """`logits` of a decode step, by its kernels: (logits, semaphores)."""
         with jax.named_scope("lm_head"):
             logits, semaphores = decode_linear(
                 x,
@@ -298,8 +302,7 @@ class GPTJ(nnx.Module):
                 bias=self.lm_head_bias[...],
                 out_dtype=jnp.float32,
             )
-            logits = self.vocabulary.without_padding(logits)
-        return logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
+            return self.vocabulary.without_padding(logits), semaphores
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B local_V"]:
         """Logits in f32 from the residual stream behind the last layer, of this device's shard of the vocabulary."""

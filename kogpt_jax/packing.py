@@ -8,7 +8,7 @@
 
 A row may go on in the next chunk; a chunk's size is rounded up to a bucket, so that a new length meets a program that
 is compiled already. Under data parallelism each shard packs its own rows, and the shards' tokens stand one after
-another.
+another. Chunks that one call reads are stacked: [C, T].
 """
 
 import dataclasses
@@ -23,6 +23,9 @@ from jaxtyping import Array, Int
 
 CHUNK_TOKENS = 8192  # a data shard's at a time: enough to keep a GPU's tensor cores busy, and little memory
 _SMALLEST_BUCKET = 16
+# Of a pipeline's chunks: with n stages, c chunks take c + n - 1 ticks, and small products do not fill a GPU.
+_CHUNKS_PER_STAGE = 4
+_SMALLEST_CHUNK = 256
 
 _Row = TypeVar("_Row")
 
@@ -35,9 +38,9 @@ _Row = TypeVar("_Row")
 class Packed:
     """New tokens of many rows, one after another."""
 
-    tokens: Int[Array, " T"]  # of all shards; what belongs to no row stands behind the rows of its shard
-    begins: Int[Array, " B"]  # each row's first token, counted from its shard's
-    num_new: Int[Array, " B"]  # how many are the row's; may be 0
+    tokens: Int[Array, "*C T"]  # of all shards; what belongs to no row stands behind the rows of its shard
+    begins: Int[Array, "*C B"]  # each row's first token, counted from its shard's
+    num_new: Int[Array, "*C B"]  # how many are the row's; may be 0
     max_len: int  # no row has more tokens with these and those before; a bucket, static under `jax.jit`
 
 
@@ -77,13 +80,45 @@ def pack(rows: Sequence[Sequence[int]], *, num_shards: int = 1, chunk_tokens: in
     return chunks
 
 
-def deal(rows: Sequence[_Row], num_shards: int) -> list[_Row | None]:
+def stack(chunks: Sequence[Packed], *, num_shards: int = 1) -> Packed:
+    """Chunks over the same rows as one structure with a leading axis, of the size of the largest."""
+    by_shard = [np.asarray(packed.tokens).reshape(num_shards, -1) for packed in chunks]
+    size = max(tokens.shape[1] for tokens in by_shard)
+    tokens: Any = np.stack([np.pad(tokens, [(0, 0), (0, size - tokens.shape[1])]).reshape(-1) for tokens in by_shard])
+    begins: Any = np.stack([packed.begins for packed in chunks])
+    num_new: Any = np.stack([packed.num_new for packed in chunks])
+    return Packed(tokens, begins, num_new, max(packed.max_len for packed in chunks))
+
+
+def pack_prompts(rows: Sequence[Sequence[int]], *, num_shards: int, num_stages: int) -> list[Packed]:
+    """Prompts as calls of `decoding.prefill` take them: stacked chunks. Over one stage each call has one chunk; a
+    pipeline is kept full by as many chunks as pay, `_CHUNKS_PER_STAGE` for each stage at most."""
+    chunk_tokens, together = CHUNK_TOKENS, 1
+    if num_stages > 1:
+        together = _CHUNKS_PER_STAGE * num_stages
+        longest = max(sum(map(len, rows[shard::num_shards])) for shard in range(num_shards))
+        chunk_tokens = min(CHUNK_TOKENS, max(_SMALLEST_CHUNK, bucket(-(-longest // together))))
+    chunks = pack(rows, num_shards=num_shards, chunk_tokens=chunk_tokens)
+    return [stack(chunks[first : first + together], num_shards=num_shards) for first in range(0, len(chunks), together)]
+
+
+def pack_whole(rows: Sequence[Sequence[int]], *, num_shards: int, num_chunks: int) -> Packed:
+    """Rows that are read at once and not gone on with, as stacked chunks of whole rows.
+
+    Args:
+        rows: as many for each shard of each chunk; those of the first chunk first, and of its first shard.
+    """
+    (packed,) = pack(rows, num_shards=num_shards * num_chunks, chunk_tokens=sum(map(len, rows)))
+    return jax.tree.map(lambda array: array.reshape(num_chunks, -1), packed)
+
+
+def deal(rows: Sequence[_Row], num_shards: int, *, multiple: int = 1) -> list[_Row | None]:
     """Rows in the order of their shards, dealt out one by one, so that like neighbours are shared evenly; with None as
-    padding to a power of two a shard.
+    padding to ``multiple`` times a power of two a shard.
 
         a b c, 2 shards  ->  a c | b None
     """
-    dealt = [*rows, *[None] * (power_bucket(len(rows), num_shards) - len(rows))]
+    dealt = [*rows, *[None] * (power_bucket(len(rows), num_shards * multiple) - len(rows))]
     return [row for shard in range(num_shards) for row in dealt[shard::num_shards]]
 
 

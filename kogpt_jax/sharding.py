@@ -22,6 +22,7 @@ _MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
     "batch": "data",
     "tokens": "data",
     "pages": ("data", "pipe"),
+    "in_flight": ("data", "pipe"),
     "heads": "tensor",
     "stage": "pipe",
     "tensor_shard": "tensor",

@@ -674,13 +674,20 @@ def test_host_memory_while_loading(tmp_path):
         import sys
         from benchmarks import bench_load
 
-        result = bench_load.measure_load(sys.argv[1], sys.argv[2])
-        print(result["loaded_bytes"], result["peak_beyond_arrays_bytes"])
+        result = bench_load.measure_load(sys.argv[1], sys.argv[2], mesh_name=sys.argv[3])
+        print(result["loaded_bytes"], result["device_bytes"], result["peak_beyond_arrays_bytes"])
     """
-    for dtype, allowance in (("fp16", 80e6), ("bf16", 200e6)):
-        loaded, peak = map(int, run_script(script, tmp_path / "model", dtype).split())
+    # On a mesh a leaf holds a layer of each of its two stages.
+    for dtype, mesh, allowance in (
+        ("fp16", "d1p1t1", 80e6),
+        ("bf16", "d1p1t1", 200e6),
+        ("fp16", "d1p2t4", 80e6 + 2 * largest),
+    ):
+        loaded, on_device, peak = map(int, run_script(script, tmp_path / "model", dtype, mesh).split())
         assert loaded > 2 * largest + allowance
         assert peak <= 2 * largest + allowance
+        num_devices = 8 if mesh == "d1p2t4" else 1
+        assert loaded <= num_devices * on_device <= 1.01 * loaded  # each its share; LayerNorm is on all
 
 
 # -- Against PyTorch and transformers ---------------------------------------------------------------------------------

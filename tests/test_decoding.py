@@ -20,7 +20,7 @@ from kogpt_jax.config import Dtype
 from kogpt_jax.decoding import NO_TOKEN, DecodeState
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.kv_cache import KVCache
-from kogpt_jax.packing import pack
+from kogpt_jax.packing import pack, stack
 from kogpt_jax.sampling import RowSampling
 
 _COMPILED: list[str] = []
@@ -63,13 +63,15 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     static: dict[str, Any] = dict(engine._static)
     args: tuple[Any, ...]
     if phase == "prefill":
-        (packed,) = pack([[1] * 8] * BATCH)
-        args = (cache, jnp.zeros((BATCH, engine.config.model_dim)), packed)
+        chunks = stack(pack([[1] * 8] * BATCH))
+        args = (cache, jnp.zeros((BATCH, engine.config.model_dim)), chunks)
     else:
         rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
         ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)
         args = (
-            DecodeState(cache, jnp.asarray(ones), jnp.asarray(ones), jnp.asarray(ignore_eos), rows, make_semaphores()),
+            DecodeState(
+                cache, jnp.asarray(ones), jnp.asarray(ones), jnp.asarray(ignore_eos), rows, make_semaphores(), None
+            ),
         )
         static["num_steps"] = STEPS_PER_CHUNK
     function: Any = getattr(decoding, phase)

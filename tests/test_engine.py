@@ -17,7 +17,7 @@ from kogpt_jax import KOGPT_6B, Completion, KoGPT, SamplingParams, Score, Usage,
 from kogpt_jax.engine import perplexity, resolve_eos
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
-from kogpt_jax.packing import pack
+from kogpt_jax.packing import pack, stack
 from kogpt_jax.tokenizer import load_tokenizer
 
 LENGTHS = (1, 2, 3, 5, 8, 13, 16)
@@ -658,8 +658,8 @@ def test_scoring_a_long_row_holds_the_logits_of_one_block(engine):
     """A wide vocabulary over many positions: all logits at once would be 268 MB."""
     config = dataclasses.replace(CONFIG, vocab_size=16384, max_len=512, num_layers=1)
     wide = KoGPT.from_random(config)
-    (packed,) = pack([prompt(512)] * 8)
-    lowered = decoding.score.lower(wide.leaves, packed, **wide._static)
+    chunks = stack(pack([prompt(512)] * 8))
+    lowered = decoding.score.lower(wide.leaves, chunks, **wide._static)
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 3 * decoding.SCORE_BLOCK * config.vocab_size * 4

@@ -224,15 +224,15 @@ def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
 def test_tokens_behind_the_prompts_do_not_matter(engine, expected, monkeypatch):
     def pack_with_noise(rows, **options):
         chunks = []
-        for packed in packing.pack(rows, **options):
-            is_behind = np.arange(len(packed.tokens)) >= packed.num_new.sum()
+        for packed in packing.pack_prompts(rows, **options):
+            is_behind = np.arange(packed.tokens.shape[1]) >= packed.num_new.sum()
             assert is_behind.any()
-            noise = np.random.default_rng(0).integers(0, CONFIG.vocab_size, len(packed.tokens), np.int32)
+            noise = np.random.default_rng(0).integers(0, CONFIG.vocab_size, packed.tokens.shape, np.int32)
             tokens: Any = np.where(is_behind, noise, packed.tokens)
             chunks.append(dataclasses.replace(packed, tokens=tokens))
         return chunks
 
-    monkeypatch.setattr("kogpt_jax.engine.pack", pack_with_noise)
+    monkeypatch.setattr("kogpt_jax.engine.pack_prompts", pack_with_noise)
     assert engine.generate_ids(PROMPTS, PARAMS) == expected
 
 

@@ -62,12 +62,13 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
             begins = PROMPT_LEN * jnp.arange(batch, dtype=jnp.int32)
             lengths = jnp.full(batch, PROMPT_LEN, jnp.int32)
             packed = Packed(tokens[:, :PROMPT_LEN].reshape(-1), begins, lengths, PROMPT_LEN)
-            hidden, cache = model.prefill(packed, cache)
+            hidden, cache = model.prefill(model.embed(packed.tokens), packed, cache)
             num_new = jnp.ones(batch, jnp.int32)
 
             def step(carry, token):
-                logits, *carry = model.decode_step(token, num_new, *carry)
-                return carry, logits
+                x, cache, semaphores = model.decode_step(model.embed(token), num_new, *carry)
+                logits, semaphores = model.next_logits(x, semaphores)
+                return [cache, semaphores], logits
 
             _, logits = jax.lax.scan(step, [cache, semaphores], tokens[:, PROMPT_LEN:].T)
             return jnp.concatenate(

@@ -18,7 +18,7 @@ from kogpt_jax.decoding import DecodeState
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import decode_linear, model_def, random_leaves
 from kogpt_jax.ops import describe, resolve_ops
-from kogpt_jax.packing import pack
+from kogpt_jax.packing import pack, stack
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import make_mesh
 
@@ -97,7 +97,7 @@ def lowered(batch: int, chosen: OpsConfig) -> str:
     cache = kv_cache.make_kv_cache(config, mesh, batch, 64)
     rows = RowSampling.from_params([SamplingParams(seed=0)] * batch)
     ones = jnp.ones(batch, jnp.int32)
-    state = DecodeState(cache, ones, ones, jnp.zeros(batch, bool), rows, make_semaphores())
+    state = DecodeState(cache, ones, ones, jnp.zeros(batch, bool), rows, make_semaphores(), None)
     static = {"definition": definition, "mesh": mesh, "num_steps": 8}
     return decoding.decode_loop.lower(leaves, state, **static).as_text()
 
@@ -138,12 +138,12 @@ def test_prefill_through_its_op_is_the_same(monkeypatch):
     lengths = np.array([70, 1, 128, 33], np.int32)
     batch = lengths.size
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 128)).astype(np.int32)
-    (packed,) = pack([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)])
+    chunks = stack(pack([row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]))
 
     def prefill(chosen: OpsConfig):
         cache = kv_cache.make_kv_cache(config, mesh, batch, 192)
         static = {"definition": model_def(config, ops=chosen), "mesh": mesh}
-        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), packed, **static)
+        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), chunks, **static)
 
     expected_cache, expected = prefill(REFERENCE)
     assert not calls
@@ -187,7 +187,8 @@ def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
     def logits(leaves, cache, tokens):
         def local(leaves, cache, tokens):
             model = engine._definition.merge(leaves)
-            return model.decode_step(tokens, jnp.ones_like(tokens), cache, make_semaphores())[0]
+            x, _, semaphores = model.decode_step(model.embed(tokens), jnp.ones_like(tokens), cache, make_semaphores())
+            return model.next_logits(x, semaphores)[0]
 
         specs = decoding._state_specs(engine._definition, state.sampling)
         in_specs = (engine._definition.leaf_specs(), specs.cache, specs.tokens)

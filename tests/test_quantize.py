@@ -23,7 +23,7 @@ from kogpt_jax import KoGPT, SamplingParams, checkpoint, decoding, kv_cache, mod
 from kogpt_jax.config import ModelConfig, Quant
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
-from kogpt_jax.packing import pack
+from kogpt_jax.packing import pack, stack
 from kogpt_jax.sharding import make_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_no_more_than_a_layer_is_converted_at_a_time(phase):
         config = dataclasses.replace(KERNEL_CONFIG, num_layers=num_layers, model_dim=256, ffn_dim=1024, quant="w8a16")
         mesh, definition = make_mesh(), model_def(config)
         leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
-        args: tuple[Any, ...] = tuple(pack([prompt(16)]))
+        args: tuple[Any, ...] = (stack(pack([prompt(16)])),)
         if phase == "prefill":
             args = (kv_cache.make_kv_cache(config, mesh, 1, 64), jnp.zeros((1, config.model_dim)), *args)
         compiled = getattr(decoding, phase).lower(leaves, *args, definition=definition, mesh=mesh).compile()

@@ -32,6 +32,7 @@ ORDER = (
     "quantize",
     "model",
     "sampling",
+    "pipeline",
     "decoding",
     "weight_files",
     "checkpoint",

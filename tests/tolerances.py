@@ -36,6 +36,19 @@ LOGPROBS_VS_HF = Tolerance(
 SCORE_VS_LOGITS = Tolerance(
     1e-6, "the same logits, once through log_softmax on the device in f32 and once on the host in f64."
 )
+LOGITS_VS_MESH = Tolerance(
+    1e-5,
+    "f32 on a mesh against one device: products over a shard's part of K, then summed over the shards, which is "
+    "another order of summation in each layer.",
+)
+LOGPROBS_VS_MESH = Tolerance(
+    1e-5, "a logit less a logsumexp over shards; its row is the completion, as for LOGPROBS_VS_HF."
+)
+W8A8_VS_MESH = Tolerance(
+    2e-2,
+    "a tensor shard rounds its part of w_out's input with a scale of its own, finer than one for the whole token: "
+    "other roundings of up to 1/254 of the largest activation in each layer.",
+)
 ROW_ALONE_VS_BATCH = {
     "fp32": Tolerance(
         1e-5, "another batch size or padding changes the tiles of a product, hence its order of summation."

@@ -22,7 +22,7 @@ from kogpt_jax import decoding
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import ModelDef
-from kogpt_jax.packing import pack
+from kogpt_jax.packing import pack_whole
 
 TRAIN_FILES = ("reviews.train.txt", "constitution.txt")
 HELDOUT_FILE = "reviews.heldout.txt"
@@ -170,10 +170,10 @@ def measure(
     for first in range(0, len(rows), batch):
         group = [row.tolist() for row in rows[first : first + batch]]
         group += [[]] * (batch - len(group))  # or the last one compiles anew
-        (packed,) = pack(group, chunk_tokens=batch * max_len)
-        logprobs = np.asarray(decoding.score(leaves, packed, definition=definition, mesh=mesh), np.float64)
-        for begin, row in zip(packed.begins, group, strict=True):
-            total -= float(logprobs[begin : begin + len(row) - 1].sum())
+        chunks = pack_whole(group, num_shards=1, num_chunks=1)
+        logprobs = np.asarray(decoding.score(leaves, chunks, definition=definition, mesh=mesh), np.float64)
+        for begin, row in zip(chunks.begins[0], group, strict=True):
+            total -= float(logprobs[0, begin : begin + len(row) - 1].sum())
     num_tokens = len(stream) - 1
     return Measured(
         documents=len(rows),
