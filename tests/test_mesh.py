@@ -207,13 +207,13 @@ def test_layers_that_do_not_divide_and_prompts_of_many_chunks(monkeypatch, name)
     check_texts(many.generate_ids(prompts, greedy(NEW_TOKENS)), expected)
     assert len(chunks) == 1
     assert chunks[0][0] > many.mesh.shape["pipe"]
-    monkeypatch.setattr(packing, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(packing, "CHUNK_TOKENS", 8)
     check_texts(many.generate_ids(prompts, greedy(NEW_TOKENS)), expected)
     assert len(chunks) > 2
     for score, other in zip(many.score_ids(prompts), one.score_ids(prompts), strict=True):
         assert score.token_ids == other.token_ids
-        logprobs = [np.array(each.logprobs[1:], np.float32) for each in (score, other)]
-        tolerances.assert_close(*logprobs, tolerances.LOGPROBS_VS_MESH)
+        found, wanted = (np.array(each.logprobs[1:], np.float32) for each in (score, other))
+        tolerances.assert_close(found, wanted, tolerances.LOGPROBS_VS_MESH)
 
 
 @pytest.mark.slow
