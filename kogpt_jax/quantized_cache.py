@@ -171,6 +171,8 @@ def _entry(source: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
 
 def _is_complete(entry: pathlib.Path, record: dict[str, Any]) -> bool:
     """Whether there is an entry that was made of this; whether its weights can be read is seen when they are."""
+    if "calibration" in record and not (entry / SMOOTHING_FILE).is_file():
+        return False
     try:
         return read_json_object(entry / "config.json").get("quantization_config") == record
     except InputError:

@@ -368,7 +368,7 @@ def test_another_text_or_none_is_another_model(directory, text, cache, searches,
     assert not np.array_equal(smoothed.logits(prompt(9)), plain.logits(prompt(9)))
 
 
-@pytest.mark.parametrize("damage", ["shorter", "no weights", "other config"])
+@pytest.mark.parametrize("damage", ["shorter", "no weights", "no report", "other config"])
 def test_a_damaged_entry_is_made_anew(directory, text, cache, searches, damage):
     expected = load(directory, text).leaves
     (entry,) = cache.iterdir()
@@ -377,6 +377,8 @@ def test_a_damaged_entry_is_made_anew(directory, text, cache, searches, damage):
         weights.write_bytes(weights.read_bytes()[:-1])
     elif damage == "no weights":
         weights.unlink()
+    elif damage == "no report":
+        (entry / "smoothing.json").unlink()
     else:
         (entry / "config.json").write_text("{}")
     for _ in range(2):  # the second finds it whole again
