@@ -448,8 +448,7 @@ def write_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     labels = [f"{name}, {phase}" for name, phase, _ in rows]
     figures = {"perplexity_percent_more": "perplexity over fp32, %", "logit_error": "logit error (RMS, relative)"}
     for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), figures.items(), strict=True):
-        axes.barh(labels, [values[key] for _, _, values in rows])
-        axes.invert_yaxis()
+        axes.barh(labels[::-1], [values[key] for _, _, values in rows[::-1]])
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
     figure.suptitle(heading(result), fontsize=7)
