@@ -19,7 +19,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from kogpt_jax.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from kogpt_jax.weight_files import find_weight_files
 
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 # Logits of a batch in f32 take at most this, unless one window alone takes more. Some four times it is needed.
 _LOGITS_BYTES = 1 << 28
@@ -58,11 +59,6 @@ class Mode:
     quant: Quant = "none"
     is_smoothed: bool = False
     kv_dtype: str | None = None  # None: the dtype
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """Whole windows are read without a cache."""
-        return ("prefill", "decode") if self.kv_dtype is None else ("decode",)
 
 
 _WEIGHT_MODES = {
@@ -328,15 +324,14 @@ def _measure(
     name: str, engine: KoGPT, reference: KoGPT, windows: Sequence[Window], max_batch_size: int, progress: bool
 ) -> dict[str, dict[str, Any]]:
     """One mode, all its phases."""
-    phases = MODES[name].phases
-    totals = {phase: _Totals() for phase in phases}
+    totals = {phase: _Totals() for phase in PHASES}
     seen: set[tuple[int, ...]] = set()
     batches = list(_batches(windows, max_batch_size, reference.config))
     with counting(name, len(batches), progress) as advance:
         for tokens, is_target in batches:
             expected = _logits(reference, tokens, "prefill")
             num_tokens = int(is_target.sum())
-            for phase in phases:
+            for phase in PHASES:
                 start = time.perf_counter()
                 logits = jax.block_until_ready(_logits(engine, tokens, phase))
                 if tokens.shape in seen:
