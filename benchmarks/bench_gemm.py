@@ -17,7 +17,6 @@ import pathlib
 import statistics
 import time
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,14 +27,12 @@ from environment import environment, write_result
 
 import custom_ops
 from custom_ops import QuantizedArray
+from custom_ops.timing import Step, compile_rotation, with_next
 from kogpt_jax import runtime
 from kogpt_jax.config import ModelConfig
 
 ROWS = (512, 2040, 8192)
 PRODUCTS = ("w_in", "w_out")
-TINY = 1e-30  # of a result that goes into the next call
-
-Step = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def make_step(kind: str, product: str, rows: int, config: ModelConfig) -> tuple[Step, str]:
@@ -52,22 +49,21 @@ def make_step(kind: str, product: str, rows: int, config: ModelConfig) -> tuple[
         behind["residual"] = random_array(5, (rows, dim), jnp.float32)
     x = random_array(4, (rows, k_dim), dtype)
 
-    def done(*results: jax.Array | None) -> tuple[jax.Array, Any]:
-        return TINY * jnp.asarray(results[0])[0, 0].astype(jnp.float32), results
-
     if op == "int8_gemm":
         quantized = custom_ops.quantize_rows(x, implementation="reference")
 
         def int8_gemm(before: jax.Array, weight: QuantizedArray) -> tuple[jax.Array, Any]:
             weight = QuantizedArray(weight.qvalue, weight.scale + before)
-            return done(*custom_ops.int8_gemm(quantized, weight, dtype=dtype, implementation=implementation, **behind))
+            return with_next(
+                *custom_ops.int8_gemm(quantized, weight, dtype=dtype, implementation=implementation, **behind)
+            )
 
         return int8_gemm, "int8"
     if op == "mixed_gemm":
 
         def mixed_gemm(before: jax.Array, weight: QuantizedArray) -> tuple[jax.Array, Any]:
             weight = QuantizedArray(weight.qvalue, weight.scale + before)
-            return done(*custom_ops.mixed_gemm(x, weight, implementation=implementation, **behind))
+            return with_next(*custom_ops.mixed_gemm(x, weight, implementation=implementation, **behind))
 
         return mixed_gemm, "int8"
     if op == "linear":
@@ -75,13 +71,13 @@ def make_step(kind: str, product: str, rows: int, config: ModelConfig) -> tuple[
         def linear(before: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
             options = behind | {"bias": bias + before.astype(dtype)}
             *results, _ = custom_ops.linear(x, weight, implementation=implementation, **options)
-            return done(*results)
+            return with_next(*results)
 
         return linear, "same"
     if op == "product":
 
         def plain(before: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
-            return done(x.at[0, 0].add(before.astype(dtype)) @ weight.T)
+            return with_next(x.at[0, 0].add(before.astype(dtype)) @ weight.T)
 
         return plain, "same"
     if op == "quantize_rows":
@@ -94,7 +90,7 @@ def make_step(kind: str, product: str, rows: int, config: ModelConfig) -> tuple[
             if is_in:
                 front = {"layer_norm": (norm[0] + before.astype(dtype), *norm[1:])}
             quantized = custom_ops.quantize_rows(source, implementation=implementation, **front)
-            return done(quantized.scale, quantized.qvalue)
+            return with_next(quantized.scale, quantized.qvalue)
 
         return quantize_rows, "same"
     raise ValueError(kind)
@@ -116,25 +112,8 @@ def measure(kind: str, product: str, rows: int, config: ModelConfig, turns: int,
     step, weight_kind = make_step(kind, product, rows, config)
     weights = make_weights(config, product, weight_kind, config.num_layers)
 
-    def turn(carry: tuple[jax.Array, Any], weights: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        before, _ = carry
-        all_results = []
-        for weight in weights:
-            before, results = step(before, weight)
-            all_results.append(results)
-        return before, tuple(all_results)
-
-    def run(before: jax.Array, weights: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        first = turn((before, None), weights)
-        return jax.lax.fori_loop(0, turns - 1, lambda _, carry: turn(carry, weights), first)
-
-    before = jnp.zeros((), jnp.float32)
-    compiled = jax.jit(run).lower(before, weights).compile()
-    times = []
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(before, weights))
-        times.append(1e6 * (time.perf_counter() - begin) / (turns * len(weights)))
+    sample = compile_rotation(step, weights, turns=turns)
+    times = [sample() for _ in range(1 + repeats)]
     return {"us": statistics.median(times[1:]), "us_min": min(times[1:]), "us_max": max(times[1:])}
 
 

@@ -138,7 +138,6 @@ def run_mesh(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": rows,
         "read_bytes_per_s": bandwidth,
-        "is_gpu": is_gpu,
         "ops": describe(model.ops),
         "environment": environment(),
     }
@@ -161,13 +160,13 @@ def count_devices(simulated: int | None) -> int:
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def with_speed_ups(rows: Sequence[dict[str, Any]], *, are_real: bool) -> Iterator[dict[str, Any]]:
+def with_speed_ups(rows: Sequence[dict[str, Any]], *, are_simulated: bool) -> Iterator[dict[str, Any]]:
     """Rows with what they gain over one device of the same precision; null on devices that are simulated."""
-    one = {(row["dtype"], row["quant"], row["batch"]): row for row in rows if row["mesh"] == ONE_DEVICE}
+    on_one = [row for row in rows if row["mesh"] == ONE_DEVICE and not are_simulated]
+    one = {(row["dtype"], row["quant"], row["batch"]): row for row in on_one}
     for row in rows:
-        same_rows = one.get((row["dtype"], row["quant"], row["batch"])) if are_real else None
-        rows_a_device, rest = divmod(row["batch"], row["num_devices"])
-        same_share = one.get((row["dtype"], row["quant"], rows_a_device)) if are_real and not rest else None
+        same_rows = one.get((row["dtype"], row["quant"], row["batch"]))
+        same_share = one.get((row["dtype"], row["quant"], row["batch"] / row["num_devices"]))
         speed_up = None if same_rows is None else same_rows["step_ms"] / row["step_ms"]
         yield row | {
             "speed_up": speed_up,
@@ -179,9 +178,7 @@ def with_speed_ups(rows: Sequence[dict[str, Any]], *, are_real: bool) -> Iterato
 
 def print_table(result: dict[str, Any]) -> None:
     device = result["environment"]["device"] if result["environment"] else "no device"
-    devices = f"{result['num_devices']} x {device}" + (
-        "" if result["are_real"] or result["num_devices"] == 1 else ", simulated"
-    )
+    devices = f"{result['num_devices']} x {device}{', simulated' if result['are_simulated'] else ''}"
     table = Table(title=f"{result['preset']} on {devices}, prompts of {result['prompt_len']} tokens", box=box.SIMPLE)
     columns = (
         ("mesh", "mesh", "{}"),
@@ -234,7 +231,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         panel.set_xticks(range(len(meshes)), meshes, rotation=60)
         panel.set_yscale("log")
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("tokens/s" if result["are_real"] else "tokens/s (simulated devices on shared cores)")
+    panels[0][0].set_ylabel("tokens/s of simulated devices on shared cores" if result["are_simulated"] else "tokens/s")
     panels[0][-1].legend()
     figure.suptitle(f"{result['preset']}, {result['environment']['device']}")
     figure.tight_layout()
@@ -280,15 +277,15 @@ def main() -> None:
                 continue
             rows += found.pop("rows")
             details.append({"mesh": mesh, "dtype": dtype, "quant": quant} | found)
-    are_real = all(detail["is_gpu"] for detail in details)
+    are_simulated = arguments.devices is not None
     result = {
         "benchmark": "mesh",
         "preset": arguments.preset,
         "num_layers": arguments.layers or PRESETS[arguments.preset].num_layers,
         "num_devices": num_devices,
-        "are_real": are_real,
+        "are_simulated": are_simulated,
         "prompt_len": arguments.prompt_len,
-        "rows": list(with_speed_ups(rows, are_real=are_real)),
+        "rows": list(with_speed_ups(rows, are_simulated=are_simulated)),
         "not_run": not_run,
         "runs": [{name: value for name, value in detail.items() if name != "environment"} for detail in details],
         "environment": details[0]["environment"] if details else None,

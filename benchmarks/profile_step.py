@@ -35,6 +35,7 @@ from environment import environment, write_result
 from kogpt_jax import KoGPT, decoding
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.ops import describe
+from kogpt_jax.packing import deal
 
 SCOPES = ("w_in", "attention", "w_out", "lm_head", "sample")  # jax.named_scope in the model
 # Rows of a device that tell again, by operation or module, what its streams did.
@@ -61,7 +62,8 @@ class Decoder:
             SAMPLING[sampling], max_new_tokens=num_chunks * STEPS_PER_CHUNK + 1, ignore_eos=True
         )
         requests = model._requests(prompts(model.config, batch, prompt_len), params)
-        self._state, emitted = model._prefill(requests)
+        slots = deal(requests, model.mesh.shape["data"], multiple=model.mesh.shape["pipe"])
+        self._state, emitted = model._prefill(slots)
         self.rows, self.capacity = self._state.cache.page_table.shape[0], self._state.cache.max_len
         jax.block_until_ready(emitted)
 

@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from custom_ops.quantization import QuantizedArray
+
 FLOAT_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 IMPLEMENTATIONS = ("reference", "ffi")
 
 
-def check_shape(name: str, array: jax.Array, expected: tuple[int, ...]) -> None:
+def check_shape(name: str, array: jax.Array | QuantizedArray, expected: tuple[int, ...]) -> None:
     """The array has exactly this shape."""
     if array.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
 
 
-def check_rank(name: str, array: jax.Array, rank: int) -> None:
+def check_rank(name: str, array: jax.Array | QuantizedArray, rank: int) -> None:
     """The array has this many axes."""
     if array.ndim != rank:
         raise ValueError(f"{name} must have {rank} axes, got shape {array.shape}")
@@ -45,11 +47,20 @@ def ffi_dtype_problem(platform: str, dtype: np.dtype) -> str | None:
     return f"dtype must be {' or '.join(kind.name for kind in allowed)} on {platform}, got {dtype.name}"
 
 
+def ffi_pages_problem(platform: str, dtype: Any, pages_dtype: Any) -> str | None:
+    """Why "ffi" cannot attend to pages of this dtype (None: that of the activations), or None if it can."""
+    if pages_dtype is None or np.dtype(pages_dtype) == np.dtype(dtype):
+        return None
+    if np.dtype(pages_dtype) != np.dtype(jnp.int8):
+        return f"pages must be {np.dtype(dtype).name} or int8, got {np.dtype(pages_dtype).name}"
+    return None if platform == "cpu" else "the CUDA kernels do not support an INT8 cache yet"
+
+
 def check_attention(
     qkv: jax.Array,
     rotary: Sequence[jax.Array],
-    k_pages: jax.Array,
-    v_pages: jax.Array,
+    k_pages: jax.Array | QuantizedArray,
+    v_pages: jax.Array | QuantizedArray,
     page_table: jax.Array,
     act: jax.Array,
     num_tokens: int,
@@ -60,11 +71,25 @@ def check_attention(
     check_rank("k_pages", k_pages, 4)
     check_rank("act", act, 2)
     _, num_heads, _, head_dim = k_pages.shape
-    check_dtype("k_pages", k_pages, FLOAT_DTYPES)
     check_shape("v_pages", v_pages, k_pages.shape)
     check_shape("qkv", qkv, (num_tokens, 3 * num_heads * head_dim))
-    for name, array in [("v_pages", v_pages), ("qkv", qkv), ("act", act)]:
-        check_dtype(name, array, [k_pages.dtype])
+    if isinstance(k_pages, QuantizedArray):
+        dtype = qkv.dtype
+        check_dtype("qkv", qkv, FLOAT_DTYPES)
+        for name, pages in [("k_pages", k_pages), ("v_pages", v_pages)]:
+            if not isinstance(pages, QuantizedArray):
+                raise ValueError(f"{name} must be a QuantizedArray as k_pages is, got {pages.dtype.name}")
+            check_dtype(f"{name}.qvalue", pages.qvalue, [jnp.int8])
+            check_dtype(f"{name}.scale", pages.scale, [jnp.float32])
+            check_shape(f"{name}.scale", pages.scale, (*pages.shape[:3], 1))
+    else:
+        dtype = k_pages.dtype
+        check_dtype("k_pages", k_pages, FLOAT_DTYPES)
+        if isinstance(v_pages, QuantizedArray):
+            raise ValueError(f"v_pages must be {dtype.name} as k_pages is, got a QuantizedArray")
+        check_dtype("v_pages", v_pages, [dtype])
+    check_dtype("qkv", qkv, [dtype])
+    check_dtype("act", act, [dtype])
     if len(rotary) != 2:
         raise ValueError(f"rotary must be (cos, sin), got {len(rotary)} arrays")
     check_rank("rotary[0]", rotary[0], 2)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from custom_ops import _arguments, _library, _outputs
+from custom_ops import _arguments, _library, _outputs, autotune
 from custom_ops.quantization import QuantizedArray
 
 # The kernels count rows, outputs and K in 32 bits, and tiles of them too.
@@ -27,13 +27,13 @@ def check(
     gelu_from: int | None,
     act_dim: int | None,
     out_dtype: Any,
-    tile: int,
+    tile: int | None,
     implementation: str,
 ) -> None:
     """What holds for every implementation."""
     _arguments.check_implementation(implementation)
-    if tile != -1 and implementation != "ffi":
-        raise ValueError(f'tile must be -1 with implementation "{implementation}", got {tile}')
+    if tile is not None and implementation != "ffi":
+        raise ValueError(f'tile must be None with implementation "{implementation}", got {tile}')
     _arguments.check_rank("weight.qvalue", weight.qvalue, 2)
     num_outputs, k_dim = weight.shape
     if x.ndim != 2 or x.shape[1] != k_dim:
@@ -71,7 +71,7 @@ def call_ffi(
     gelu_from: int | None,
     act_dim: int | None,
     out_dtype: Any,
-    tile: int,
+    tile: int | None,
 ) -> tuple[Array, Array | None]:
     """(y, act) of a handler of csrc/gemm_ffi.cc."""
     require_cuda()
@@ -84,6 +84,8 @@ def call_ffi(
     for name, extent in (("x", rows), ("weight", num_outputs)):
         if not 1 <= extent <= _MAX_EXTENT:
             raise ValueError(f'{name} must have 1 to {_MAX_EXTENT} rows with implementation "ffi", got {extent}')
+    if tile is None:
+        tile = autotune.tile_index(target.removeprefix("kogpt_"), dtype, num_outputs, k_dim, rows)
     split = num_outputs if gelu_from is None else gelu_from
     num_gelu = num_outputs - split
     act_shape = (0,) if gelu_from is None else (rows, num_gelu if act_dim is None else act_dim)

@@ -11,6 +11,8 @@ import pathlib
 import re
 import sys
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jaxlib
@@ -44,6 +46,10 @@ class LibraryInfo:
     compilers: tuple[str, ...] = ()
     problem: str | None = "there is none for this kind of device"  # why it cannot be used; None: it can
     left_out: tuple[str, ...] = ()  # targets that it was built without
+    version: str | None = None  # of the package that it was compiled from
+    source_hash: str | None = None  # a digest of its kernels' sources
+    # CUDA: how its products of many rows can be cut on this machine's GPU, by op; `tile` is an index of the names.
+    tiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def library_info() -> tuple[LibraryInfo, ...]:
@@ -170,21 +176,37 @@ def _find(file_name: str) -> pathlib.Path | None:
 def _read_info(name: str, path: pathlib.Path, library: ctypes.CDLL) -> LibraryInfo:
     major, minor = ctypes.c_int32(), ctypes.c_int32()
     library.KogptOpsFfiVersion(ctypes.byref(major), ctypes.byref(minor))
-    version = (major.value, minor.value)
-    problem = ffi_version_problem(version, jaxlib_ffi_version())
+    ffi_version = (major.value, minor.value)
+    problem = ffi_version_problem(ffi_version, jaxlib_ffi_version())
+    tiles = {}
     cmake_names = _strings(library, "KogptOpsCudaArchitectures")
     architectures = tuple(name for cmake_name in cmake_names for name in _architecture_names(cmake_name))
     if name == "cuda" and problem is None:
         driver, runtime, capability = ctypes.c_int32(), ctypes.c_int32(), ctypes.c_int32()
         library.KogptOpsCudaMachine(ctypes.byref(driver), ctypes.byref(runtime), ctypes.byref(capability))
         problem = cuda_problem(driver.value, runtime.value, capability.value, architectures)
-    return LibraryInfo(name, str(path), version, architectures, _strings(library, "KogptOpsCompilers"), problem)
+        if problem is None and hasattr(library, "KogptOpsGemmTiles"):
+            tiles = {
+                op: _strings(library, "KogptOpsGemmTiles", op.encode(), ctypes.c_int32(capability.value))
+                for op in ("int8_gemm", "mixed_gemm")
+            }
+    return LibraryInfo(
+        name,
+        str(path),
+        ffi_version,
+        architectures,
+        _strings(library, "KogptOpsCompilers"),
+        problem,
+        version=_strings(library, "KogptOpsVersion")[0],
+        source_hash=_strings(library, "KogptOpsSourceHash")[0],
+        tiles=tiles,
+    )
 
 
-def _strings(library: ctypes.CDLL, function_name: str) -> tuple[str, ...]:
+def _strings(library: ctypes.CDLL, function_name: str, *arguments: Any) -> tuple[str, ...]:
     function = getattr(library, function_name)
     function.restype = ctypes.c_char_p
-    return tuple(filter(None, function().decode().split(",")))
+    return tuple(filter(None, function(*arguments).decode().split(",")))
 
 
 def _architecture_names(cmake_name: str) -> tuple[str, ...]:

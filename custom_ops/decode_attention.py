@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from custom_ops import _arguments, _library, numerics
+from custom_ops import _arguments, _library, _outputs
 from custom_ops import pages as kv_pages
+from custom_ops.quantization import QuantizedArray
 from custom_ops.rotary import apply_rotary
 from custom_ops.semaphores import check_semaphores
 
@@ -23,8 +24,8 @@ _KEYS_PER_SPLIT = 64
 def decode_attention(
     qkv: Float[Array, "B qkv_dim"],
     rotary: tuple[Float32[Array, "B R"], Float32[Array, "B R"]],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
+    k_pages: kv_pages.Pages,
+    v_pages: kv_pages.Pages,
     page_table: Int32[Array, "B max_pages"],
     lengths: Int32[Array, " B"],
     num_new: Int32[Array, " B"],
@@ -33,7 +34,7 @@ def decode_attention(
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
     prefetch_cache: bool = False,
     implementation: str,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, kv_pages.Pages, kv_pages.Pages, Array]:
     """Rotates the new q and k, appends k and v, and attends to all of the row.
 
     For each row b with num_new[b] = 1 the new token has position p = lengths[b]: the first 2 R values of each head of
@@ -47,10 +48,15 @@ def decode_attention(
 
     Tokens beyond p are never read into a result, whatever they hold.
 
+    With INT8 pages (`QuantizedArray`, see `pages`) each head of the rounded k and of v is rounded once more, to
+    integers in [-127, 127] with the scale max |.| / 127 in f32 (1 for zeros; halves to even), and k_j and v_j are
+    integer times scale, those of the token itself too: no token's result depends on which of those before it were
+    written in the same call. A head with a value that is not finite gets a scale that is not.
+
     Args:
         qkv: q, k and v of each row one after another, each [N, H] (N and H are those of the pages).
         rotary: (cos, sin) of the angles at the new token's position; R may be 0.
-        k_pages: the cache, updated in place if it is donated.
+        k_pages: the cache in dtype or INT8, updated in place if it is donated.
         v_pages: likewise.
         page_table: pages of each row in order; of a row with num_new 0 it is not looked at, else each entry that the
             p + 1 tokens need is in [0, pages - 1): the last page is the scratch page (see `pages`). No page stands in
@@ -62,7 +68,7 @@ def decode_attention(
         prefetch_cache: a promise that no kernel just ahead writes the pages or the page table (in a decode step the op
             before is a product): the CUDA kernel may then read them while the kernel ahead still runs.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": head_dim 64, 128 or 256; page_len a multiple of
-            16; fp16 and bf16 on CUDA, f32 too on a CPU.
+            16; fp16 and bf16 on CUDA, f32 and INT8 pages too on a CPU.
 
     Returns:
         (act, k_pages, v_pages, semaphores).
@@ -88,15 +94,15 @@ def decode_attention(
 def decode_attention_reference(
     qkv: Float[Array, "B qkv_dim"],
     rotary: tuple[Array, Array],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
+    k_pages: kv_pages.Pages,
+    v_pages: kv_pages.Pages,
     page_table: Int32[Array, "B max_pages"],
     lengths: Int32[Array, " B"],
     num_new: Int32[Array, " B"],
     act: Float[Array, "B act_dim"],
     *,
     semaphores: Any = None,  # passed through
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, kv_pages.Pages, kv_pages.Pages, Array]:
     """`decode_attention` in `jax.numpy`. Appends of rows with num_new 0 go to the scratch page."""
     _, num_heads, _, head_dim = k_pages.shape
     batch = qkv.shape[0]
@@ -116,8 +122,8 @@ def decode_attention_reference(
 def decode_attention_ffi(
     qkv: Float[Array, "B qkv_dim"],
     rotary: tuple[Array, Array],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
+    k_pages: kv_pages.Pages,
+    v_pages: kv_pages.Pages,
     page_table: Int32[Array, "B max_pages"],
     lengths: Int32[Array, " B"],
     num_new: Int32[Array, " B"],
@@ -125,7 +131,7 @@ def decode_attention_ffi(
     *,
     semaphores: Array | None = None,
     prefetch_cache: bool = False,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, kv_pages.Pages, kv_pages.Pages, Array]:
     """`decode_attention` through XLA's FFI (csrc/decode_attention.h): the Host handler on a CPU, the CUDA handler on an
     NVIDIA GPU.
 
@@ -137,21 +143,26 @@ def decode_attention_ffi(
     batch, max_pages = page_table.shape
     if problem := _shape_problem(head_dim, page_len):
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
+    (k_values, k_scales), (v_values, v_scales) = map(_values_and_scales, (k_pages, v_pages))
     num_splits = -(-max_pages * page_len // _KEYS_PER_SPLIT)
     results = (
         jax.ShapeDtypeStruct(act.shape, act.dtype),
-        jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
-        jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+        *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in (k_values, k_scales, v_values, v_scales)),
         # Sized for CUDA on every platform, since the platform is not known yet: the Host handler never touches it.
         jax.ShapeDtypeStruct((batch * num_heads * num_splits * (head_dim + 2),), jnp.float32),
         jax.ShapeDtypeStruct(semaphores.shape, semaphores.dtype),
     )
-    call = jax.ffi.ffi_call("kogpt_decode_attention", results, input_output_aliases={8: 0, 3: 1, 4: 2, 9: 4})
-    act, k_pages, v_pages, _, semaphores = call(
+    aliases = {10: 0, 3: 1, 5: 3, 11: 6}
+    if isinstance(k_pages, QuantizedArray):
+        aliases |= {4: 2, 6: 4}
+    call = jax.ffi.ffi_call("kogpt_decode_attention", results, input_output_aliases=aliases)
+    act, k_values, k_scales, v_values, v_scales, _, semaphores = call(
         qkv,
         *rotary,
-        k_pages,
-        v_pages,
+        k_values,
+        k_scales,
+        v_values,
+        v_scales,
         page_table,
         lengths,
         num_new,
@@ -159,16 +170,35 @@ def decode_attention_ffi(
         semaphores,
         prefetch_cache=bool(prefetch_cache),
     )
-    return act, k_pages, v_pages, semaphores
+    if isinstance(k_pages, QuantizedArray):
+        return act, QuantizedArray(k_values, k_scales), QuantizedArray(v_values, v_scales), semaphores
+    return act, k_values, v_values, semaphores
 
 
-def decode_attention_ffi_problem(*, platform: str, dtype: Any, head_dim: int, page_len: int) -> str | None:
-    """Why "ffi" cannot attend to such a cache on this machine, or None if it can; ``platform`` is "cpu" or "gpu"."""
+def decode_attention_ffi_problem(
+    *, platform: str, dtype: Any, head_dim: int, page_len: int, pages_dtype: Any = None
+) -> str | None:
+    """Why "ffi" cannot attend to such a cache on this machine, or None if it can.
+
+    Args:
+        platform: "cpu" or "gpu".
+        dtype: of the activations.
+        head_dim: values a head.
+        page_len: tokens a page.
+        pages_dtype: dtype, which is the default, or INT8.
+    """
     return (
         _library.load(platform).problem
         or _arguments.ffi_dtype_problem(platform, np.dtype(dtype))
+        or _arguments.ffi_pages_problem(platform, dtype, pages_dtype)
         or _shape_problem(head_dim, page_len)
     )
+
+
+def _values_and_scales(pages: kv_pages.Pages) -> tuple[Array, Array]:
+    if isinstance(pages, QuantizedArray):
+        return pages.qvalue, pages.scale
+    return pages, _outputs.or_empty(None, jnp.float32)
 
 
 def _shape_problem(head_dim: int, page_len: int) -> str | None:
@@ -179,8 +209,8 @@ def _shape_problem(head_dim: int, page_len: int) -> str | None:
 
 def attend(
     q: Float[Array, "B N H"],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
+    k_pages: kv_pages.Pages,
+    v_pages: kv_pages.Pages,
     page_table: Int32[Array, "B max_pages"],
     lengths: Int32[Array, " B"],
 ) -> Float[Array, "B N H"]:
@@ -194,7 +224,9 @@ def attend(
     )
 
 
-def _attend_all_pages(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
+def _attend_all_pages(
+    q: Array, k_pages: kv_pages.Pages, v_pages: kv_pages.Pages, page_table: Array, lengths: Array
+) -> Array:
     """Each page is a product of its own (batch axes B, max_pages, N), so that the pages are multiplied as they lie;
     putting a row's pages in one piece first would copy and transpose the cache every step."""
     max_pages, page_len = page_table.shape[1], k_pages.shape[2]
@@ -202,16 +234,18 @@ def _attend_all_pages(q: Array, k_pages: Array, v_pages: Array, page_table: Arra
     v = kv_pages.gather(v_pages, page_table)
     is_valid = kv_pages.valid_tokens(lengths, max_pages, page_len)[:, :, None, :]  # [B, max_pages, 1, page_len]
     q_by_page = jnp.broadcast_to(q[:, None], (q.shape[0], max_pages, *q.shape[1:]))
-    scores = numerics.einsum("bmnh,bmnph->bmnp", q_by_page, k) / math.sqrt(q.shape[-1])
+    scores = kv_pages.scores("bmnh,bmnph->bmnp", q_by_page, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(is_valid, scores, -jnp.inf)
     probs = jnp.exp(scores - jnp.max(scores, axis=(1, 3), keepdims=True))
-    by_page = numerics.einsum("bmnp,bmnph->bmnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
+    by_page = kv_pages.weighted_sum("bmnp,bmnph->bmnh", probs, kv_pages.mask_values(v, is_valid))
     # Or XLA puts these sums into whatever reads them, one thread an output: 30 times slower at 8 rows on an H100.
     by_page, total = jax.lax.optimization_barrier((by_page, jnp.sum(probs, axis=(1, 3))))
     return (jnp.sum(by_page, axis=1) / total[..., None]).astype(q.dtype)
 
 
-def _attend_page_after_page(q: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
+def _attend_page_after_page(
+    q: Array, k_pages: kv_pages.Pages, v_pages: kv_pages.Pages, page_table: Array, lengths: Array
+) -> Array:
     """Online softmax (Milakov and Gimelshein 2018): maximum, sum and output so far are rescaled with each page. A page
     without a valid token for a row leaves that row's as they are, bit for bit."""
     page_len = k_pages.shape[2]
@@ -221,11 +255,11 @@ def _attend_page_after_page(q: Array, k_pages: Array, v_pages: Array, page_table
         page_ids = page_table[:, slot][:, None]
         k, v = kv_pages.gather(k_pages, page_ids)[:, 0], kv_pages.gather(v_pages, page_ids)[:, 0]
         is_valid = (slot * page_len + jnp.arange(page_len) < lengths[:, None])[:, None]  # [B, 1, page_len]
-        scores = numerics.einsum("bnh,bnph->bnp", q, k) / math.sqrt(q.shape[-1])
+        scores = kv_pages.scores("bnh,bnph->bnp", q, k) / math.sqrt(q.shape[-1])
         scores = jnp.where(is_valid, scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
         rescale, probs = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum[..., None])
-        weighted = numerics.einsum("bnp,bnph->bnh", probs.astype(v.dtype), jnp.where(is_valid[..., None], v, 0))
+        weighted = kv_pages.weighted_sum("bnp,bnph->bnh", probs, kv_pages.mask_values(v, is_valid))
         total = total * rescale + jnp.sum(probs, axis=-1)
         return new_maximum, total, out * rescale[..., None] + weighted
 

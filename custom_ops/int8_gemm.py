@@ -26,7 +26,7 @@ def int8_gemm(
     gelu_from: int | None = None,
     act_dim: int | None = None,
     out_dtype: Any = None,
-    tile: int = -1,
+    tile: int | None = None,
     implementation: str,
 ) -> tuple[Array, Array | None]:
     """A product of INT8 activations and an INT8 weight with what stands behind it, as `linear` has it.
@@ -46,7 +46,8 @@ def int8_gemm(
         act_dim: row length of ``act``, M - gelu_from by default. The columns in front of GELU's are for attention:
             zeros with "reference", undefined with "ffi".
         out_dtype: of y, dtype (the default) or f32; with ``residual`` always f32.
-        tile: how "ffi" cuts the product, an index of csrc/tile_sizes.h; -1: chosen by the shape. The result's bits are
+        tile: how "ffi" cuts the product: an index of the names in the CUDA library's ``LibraryInfo.tiles``; -1: chosen
+            by the shape; None: the fastest that was measured (`custom_ops.autotune`), else -1. The result's bits are
             the same.
         implementation: "reference" (`jax.numpy`), or "ffi": CUDA; K a multiple of 16; fp16 and bf16.
 
@@ -88,7 +89,7 @@ def int8_gemm_reference(
 
 
 def int8_gemm_ffi(
-    x: QuantizedArray, weight: QuantizedArray, *, dtype: np.dtype, tile: int = -1, **options: Any
+    x: QuantizedArray, weight: QuantizedArray, *, dtype: np.dtype, tile: int | None = None, **options: Any
 ) -> tuple[Array, Array | None]:
     """`int8_gemm` through XLA's FFI (csrc/gemm.h): the CUDA handler on an NVIDIA GPU.
 

@@ -24,7 +24,7 @@ def mixed_gemm(
     gelu_from: int | None = None,
     act_dim: int | None = None,
     out_dtype: Any = None,
-    tile: int = -1,
+    tile: int | None = None,
     implementation: str,
 ) -> tuple[Array, Array | None]:
     """A product of activations and an INT8 weight with what stands behind it, as `linear` has it.
@@ -43,7 +43,8 @@ def mixed_gemm(
         act_dim: row length of ``act``, M - gelu_from by default. The columns in front of GELU's are for attention:
             zeros with "reference", undefined with "ffi".
         out_dtype: of y, x's dtype (the default) or f32; with ``residual`` always f32.
-        tile: how "ffi" cuts the product, an index of csrc/tile_sizes.h; -1: chosen by the shape. The result's bits are
+        tile: how "ffi" cuts the product: an index of the names in the CUDA library's ``LibraryInfo.tiles``; -1: chosen
+            by the shape; None: the fastest that was measured (`custom_ops.autotune`), else -1. The result's bits are
             the same.
         implementation: "reference" (`jax.numpy`), or "ffi": CUDA; K a multiple of 16; fp16 and bf16.
 
@@ -77,7 +78,7 @@ def mixed_gemm_reference(x: Float[Array, "T K"], weight: QuantizedArray, **optio
 
 
 def mixed_gemm_ffi(
-    x: Float[Array, "T K"], weight: QuantizedArray, *, tile: int = -1, **options: Any
+    x: Float[Array, "T K"], weight: QuantizedArray, *, tile: int | None = None, **options: Any
 ) -> tuple[Array, Array | None]:
     """`mixed_gemm` through XLA's FFI (csrc/gemm.h): the CUDA handler on an NVIDIA GPU.
 

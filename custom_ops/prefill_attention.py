@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from custom_ops import _arguments, _library, numerics
+from custom_ops import _arguments, _library
 from custom_ops import pages as kv_pages
 from custom_ops.decode_attention import HEAD_DIMS
+from custom_ops.quantization import QuantizedArray
 from custom_ops.rotary import apply_rotary
 
 MAX_ATTENTION_ROWS = 1024  # with implementation "ffi"
@@ -27,8 +28,8 @@ SCORE_BYTES = 1 << 26
 def prefill_attention(
     qkv: Float[Array, "total_tokens qkv_dim"],
     rotary: tuple[Float32[Array, "total_tokens R"], Float32[Array, "total_tokens R"]],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
+    k_pages: kv_pages.Pages,
+    v_pages: kv_pages.Pages,
     page_table: Int32[Array, "B max_pages"],
     begins: Int32[Array, " B"],
     num_new: Int32[Array, " B"],
@@ -38,7 +39,7 @@ def prefill_attention(
     max_new: int | None = None,
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
     implementation: str,
-) -> tuple[Array, Array, Array, Array | None]:
+) -> tuple[Array, kv_pages.Pages, kv_pages.Pages, Array | None]:
     """Rotates the new q and k, appends k and v, and attends to the cached tokens and causally to the new ones.
 
     Row b's new tokens are the ``num_new[b]`` ones from ``begins[b]`` on. The i-th of them, at t = begins[b] + i, has
@@ -58,10 +59,13 @@ def prefill_attention(
     columns from N H on, cache slots beside the new ones (the reference writes to the scratch page, see `pages`). What
     other slots and tokens of no row hold never gets into a result.
 
+    INT8 pages (`QuantizedArray`) are those of `decode_attention`: each k_j and v_j of the sum is integer times scale,
+    those of the new tokens too, so that a prompt read in chunks is the prompt read at once.
+
     Args:
         qkv: q, k and v of each token one after another, each [N, H] (N and H are those of the pages).
         rotary: (cos, sin) of the angles at each token's position; R may be 0.
-        k_pages: the cache, updated in place if it is donated.
+        k_pages: the cache in dtype or INT8, updated in place if it is donated.
         v_pages: likewise.
         page_table: pages of each row in order; each entry that the row's tokens need is in [0, pages - 1), the others
             are not looked at. A page that a row writes to stands in no other row.
@@ -73,7 +77,7 @@ def prefill_attention(
             for the reference far less work.
         semaphores: passed through: the kernels of this op do not count.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": NVIDIA GPUs, at most 1024 rows, head_dim 64, 128
-            or 256, page_len a multiple of 64, fp16 and bf16.
+            or 256, page_len a multiple of 64, fp16 and bf16, no INT8 pages yet.
 
     Returns:
         (act, k_pages, v_pages, semaphores).
@@ -123,8 +127,8 @@ def token_rows(
 def prefill_attention_reference(
     qkv: Float[Array, "total_tokens qkv_dim"],
     rotary: tuple[Array, Array],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
+    k_pages: kv_pages.Pages,
+    v_pages: kv_pages.Pages,
     page_table: Int32[Array, "B max_pages"],
     begins: Int32[Array, " B"],
     num_new: Int32[Array, " B"],
@@ -132,7 +136,7 @@ def prefill_attention_reference(
     act: Float[Array, "total_tokens act_dim"],
     *,
     max_new: int | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, kv_pages.Pages, kv_pages.Pages]:
     """`prefill_attention` in `jax.numpy`, a few rows at a time. Tokens of no row go to the scratch page."""
     _, num_heads, page_len, head_dim = k_pages.shape
     (total_tokens, _), (batch, max_pages) = act.shape, page_table.shape
@@ -158,16 +162,16 @@ def prefill_attention_reference(
         # A page that no token needs may be named by anything.
         page_ids = jnp.where(is_token[:, 0], page_ids, k_pages.shape[0] - 1)
         keys, values = (kv_pages.gather(pages, page_ids[None])[0] for pages in (k_pages, v_pages))
-        values = jnp.where(is_token[:, None, :, None], values, 0)
+        values = kv_pages.mask_values(values, is_token[:, None])
 
         def attend_block(start: Array) -> Array:
             queries = jnp.minimum(begin + start + jnp.arange(block), total_tokens - 1)
-            scores = numerics.einsum("tnh,mnph->tnmp", q[0, queries], keys) / math.sqrt(head_dim)
+            scores = kv_pages.scores("tnh,mnph->tmnp", q[0, queries], keys) / math.sqrt(head_dim)
             is_visible = kv_pages.valid_tokens(length + start + 1 + jnp.arange(block), max_pages, page_len)
-            scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
-            probs = jnp.exp(scores - jnp.max(scores, axis=(2, 3), keepdims=True))
-            out = numerics.einsum("tnmp,mnph->tnh", probs.astype(values.dtype), values)
-            return (out / jnp.sum(probs, axis=(2, 3))[..., None]).astype(act.dtype)
+            scores = jnp.where(is_visible[:, :, None], scores, -jnp.inf)
+            probs = jnp.exp(scores - jnp.max(scores, axis=(1, 3), keepdims=True))
+            out = kv_pages.weighted_sum("tmnp,mnph->tnh", probs, values)
+            return (out / jnp.sum(probs, axis=(1, 3))[..., None]).astype(act.dtype)
 
         blocks = jax.lax.map(attend_block, jnp.arange(0, max_new, block))
         return blocks.reshape(-1, num_heads * head_dim)
@@ -183,8 +187,8 @@ def prefill_attention_reference(
 def prefill_attention_ffi(
     qkv: Float[Array, "total_tokens qkv_dim"],
     rotary: tuple[Array, Array],
-    k_pages: Float[Array, "pages N page_len H"],
-    v_pages: Float[Array, "pages N page_len H"],
+    k_pages: kv_pages.Pages,
+    v_pages: kv_pages.Pages,
     page_table: Int32[Array, "B max_pages"],
     begins: Int32[Array, " B"],
     num_new: Int32[Array, " B"],
@@ -199,11 +203,14 @@ def prefill_attention_ffi(
     """
     _, _, page_len, head_dim = k_pages.shape
     total_tokens, batch = act.shape[0], page_table.shape[0]
+    pages_dtype = jnp.int8 if isinstance(k_pages, QuantizedArray) else None
     problem = prefill_attention_ffi_problem(
-        platform="gpu", dtype=k_pages.dtype, head_dim=head_dim, page_len=page_len, batch=batch
+        platform="gpu", dtype=qkv.dtype, head_dim=head_dim, page_len=page_len, batch=batch, pages_dtype=pages_dtype
     )
     if problem is not None:
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
+    assert not isinstance(k_pages, QuantizedArray)  # a problem above
+    assert not isinstance(v_pages, QuantizedArray)
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
     num_tiles = min(total_tokens // _MIN_TILE_QUERIES + batch, batch * -(-max_new // _MIN_TILE_QUERIES))
     results = (
@@ -229,9 +236,10 @@ def prefill_attention_ffi(
 
 
 def prefill_attention_ffi_problem(
-    *, platform: str, dtype: Any, head_dim: int, page_len: int, batch: int = 1
+    *, platform: str, dtype: Any, head_dim: int, page_len: int, batch: int = 1, pages_dtype: Any = None
 ) -> str | None:
-    """Why "ffi" cannot attend to such a cache on this machine, or None if it can; ``platform`` is "cpu" or "gpu"."""
+    """Why "ffi" cannot attend to such a cache on this machine, or None if it can; arguments as those of
+    `decode_attention_ffi_problem`, and ``batch`` rows."""
     if platform != "gpu":
         return f"prefill_attention runs on NVIDIA GPUs only, not on {platform}"
     if head_dim not in HEAD_DIMS:
@@ -241,6 +249,8 @@ def prefill_attention_ffi_problem(
     if batch > MAX_ATTENTION_ROWS:
         return f"there must be at most {MAX_ATTENTION_ROWS} rows, got {batch}"
     if problem := _arguments.ffi_dtype_problem(platform, np.dtype(dtype)):
+        return problem
+    if problem := _arguments.ffi_pages_problem(platform, dtype, pages_dtype):
         return problem
     library = _library.load(platform)
     return None if library.problem is None else f"prefill_attention needs the CUDA library: {library.problem}"

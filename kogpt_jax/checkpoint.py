@@ -14,9 +14,8 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, TextIO, cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kogpt_jax.config import DTYPES, Dtype, ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import write_json
-from kogpt_jax.model import ONE_DEVICE, ParamSpec, model_def, quantized_as
-from kogpt_jax.sharding import Split, named_sharding
+from kogpt_jax.model import ParamSpec, model_def, quantized_as
+from kogpt_jax.progress import progress_bar
+from kogpt_jax.sharding import ONE_DEVICE, Split, named_sharding
 from kogpt_jax.weight_files import (
     STORED_DTYPES,
     Block,
@@ -285,7 +285,8 @@ def load_leaves(
         plans = [_plan_leaf(param, pieces[param.path], tensors, mesh) for param in params]
         plans.sort(key=lambda plan: min(order[piece.key] for piece in plan.pieces))
         blocks = [block for plan in plans for block in plan.blocks]
-        advance = closing.enter_context(_progress_bar(sum(block.num_bytes for block in blocks), progress))
+        num_bytes = sum(block.num_bytes for block in blocks)
+        advance = closing.enter_context(progress_bar(num_bytes, progress, counts_bytes=True))
         stream = closing.enter_context(contextlib.closing(read_ahead(blocks)))
         leaves: dict[str, jax.Array] = {}
         previous: dict[str, jax.Array] = {}
@@ -429,35 +430,6 @@ def _converter(dtype: np.dtype, sharding: NamedSharding) -> Callable[[jax.Array]
         return converted, jnp.isfinite(converted).all() if can_overflow else jnp.array(True)
 
     return jax.jit(convert, out_shardings=(sharding, NamedSharding(sharding.mesh, PartitionSpec())))
-
-
-@contextlib.contextmanager
-def _progress_bar(total_bytes: int, is_wanted: bool) -> Iterator[Callable[[str, int], None]]:
-    """Yields ``advance(file_name, num_bytes)``; it draws only if wanted and stderr is a terminal."""
-    stderr = cast(TextIO | None, sys.stderr)  # None where the shell closed it
-    if not is_wanted or stderr is None or not stderr.isatty():
-        yield _draw_nothing
-        return
-    from rich import console, progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total_bytes)
-
-        def advance(file_name: str, num_bytes: int) -> None:
-            bar.update(task, description=file_name, advance=num_bytes)
-
-        yield advance
-
-
-def _draw_nothing(file_name: str, num_bytes: int) -> None:
-    pass
 
 
 # -- Saving -----------------------------------------------------------------------------------------------------------

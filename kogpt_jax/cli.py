@@ -44,6 +44,7 @@ _SHOWN_CHARS = 40  # of a text in a table
 
 _Dtype = Literal["fp32", "fp16", "bf16"]
 _QuantMode = Literal["none", "w8a16", "w8a8"]
+_KvDtypeName = Literal["none", "fp32", "fp16", "bf16", "int8"]
 _Choice = Literal["auto", "ffi", "reference"]
 _Model = Annotated[
     str, typer.Option("--model", "-m", metavar="DIR", help="Hugging Face directory, or 'demo' for the shipped model.")
@@ -76,10 +77,20 @@ _Implementation = Annotated[
     typer.Option(help="What runs a decode step: ffi (this project's kernels), reference (XLA), or the faster one."),
 ]
 _KvDtype = Annotated[
-    str | None,
-    typer.Option(help="Dtype of the KV cache. Only the model's is supported yet: leave it out, or say 'none'."),
+    _KvDtypeName | None,
+    typer.Option(help="Dtype of the KV cache: int8, or the model's ('none' or its name), which is the default."),
 ]
-_Mesh = Annotated[str, typer.Option(help="Devices along the data, pipe and tensor axes; only d1p1t1 is supported yet.")]
+_Mesh = Annotated[
+    str,
+    typer.Option(
+        help="Devices along three axes, such as d2p1t4: data (shares the texts), pipe (the layers), tensor (the heads "
+        "and the FFN)."
+    ),
+]
+_NanGuard = Annotated[
+    bool,
+    typer.Option("--nan-guard", help="Where logits are not finite, name the first layer and op that was not. Slow."),
+]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
 _Temperature = Annotated[
     float, typer.Option(help="0 takes the most likely token; larger is more varied. Finite, 0 or more.")
@@ -183,6 +194,7 @@ def generate(
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
     implementation: _Implementation = "auto",
+    nan_guard: _NanGuard = False,
     input_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -224,7 +236,9 @@ def generate(
     if stream and not can_stream:
         raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
     clock = _Clock()
-    engine = _load(model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size, implementation)
+    engine = _load(
+        model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size, implementation, nan_guard
+    )
     clock.loaded()
     prompt_ids = [_encode(engine, row) for row in rows]
 
@@ -331,19 +345,22 @@ class _Clock:
     def report(self, engine: "kogpt_jax.KoGPT", calibration: pathlib.Path | None) -> None:
         """Prints the times on stderr."""
         from kogpt_jax.ops import describe  # here, so that --help need not import JAX
+        from kogpt_jax.sharding import mesh_name
 
         device = engine.mesh.devices.flat[0]
-        memory = device.memory_stats() or {}
-        peak = f", peak memory {memory['peak_bytes_in_use'] / 2**30:.2f} GiB" if "peak_bytes_in_use" in memory else ""
+        stats = [device.memory_stats() or {} for device in engine.mesh.devices.flat]
+        peaks = [memory["peak_bytes_in_use"] for memory in stats if "peak_bytes_in_use" in memory]
+        peak = f", peak memory {max(peaks) / 2**30:.2f} GiB" if peaks else ""  # of the fullest device
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
         config = engine.config
         dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
         dtype += f", smoothed on {calibration}" if config.has_multiplier else ""
+        dtype += "" if config.kv_dtype is None else f", {config.kv_dtype} cache"
         lines = [
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
             f"decode       {rate} ({self._num_tokens} tokens in all)",
-            f"device       {device.platform} {device.device_kind}, {dtype}{peak}",
+            f"device       {device.platform} {device.device_kind}, mesh {mesh_name(engine.mesh)}, {dtype}{peak}",
             f"ops          {describe(engine.ops)}",
         ]
         _tell("\n".join(lines) + "\n")
@@ -366,6 +383,7 @@ def prompt_loop(
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     implementation: _Implementation = "auto",
+    nan_guard: _NanGuard = False,
 ) -> None:
     """Ask for prompts and continue them, one after the other.
 
@@ -374,7 +392,7 @@ def prompt_loop(
     defaults, and a bad one ends the command.
     """
     filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    engine = _load(model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, 1, implementation)
+    engine = _load(model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, 1, implementation, nan_guard)
     has_user = _is_terminal(sys.stdin)
     if has_user:
         with contextlib.suppress(ImportError):  # line editing; Python can be built without
@@ -491,6 +509,7 @@ def score(
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
     max_batch_size: _MaxBatchSize = 64,
+    nan_guard: _NanGuard = False,
     output_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -503,7 +522,9 @@ def score(
     The first token of a text has none before it and counts for nothing.
     """
     rows = _text_rows(text, file)
-    engine = _load(model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size)
+    engine = _load(
+        model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size, nan_guard=nan_guard
+    )
     token_ids = [_encode(engine, row, at_least=2) for row in rows]
     is_json = output_format == "jsonl"
     from kogpt_jax.engine import perplexity  # here, so that --help need not import JAX
@@ -674,6 +695,62 @@ def eval_perplexity(
         evaluation.write_plot(result, plot)
 
 
+# -- kogpt autotune ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def autotune(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="DIR", help="Model whose sizes count, its weights unread; 'demo' if none is given."
+        ),
+    ] = None,
+    shape: Annotated[
+        Literal["kogpt-6b", "demo"] | None, typer.Option(help="In place of --model: the sizes of a known model.")
+    ] = None,
+    dtype: _DtypeOption = None,
+    quant: Annotated[
+        Literal["w8a16", "w8a8"] | None, typer.Option(help="Quantisation to measure; each if not given.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens that are read at once, prompts of a batch together; may be repeated. Each stands for what is "
+            "up to its next power of two. 16 to 8192 if not given."
+        ),
+    ] = None,
+    mesh: _Mesh = "d1p1t1",
+) -> None:
+    """Measure this machine: which way to run a layer's INT8 products is the fastest.
+
+    Times each way with random data, leaves out those whose results are wrong, and keeps the times in a file of the
+    cache folder, where every later start with --implementation auto finds them. Takes minutes; nothing else should run
+    on the device. Ctrl-C keeps what was measured.
+    """
+    import jax  # here, so that --help need not wait for it
+
+    from kogpt_jax import runtime, tuning
+    from kogpt_jax.ops import describe, resolve_ops
+    from kogpt_jax.sharding import parse_mesh
+
+    num_shards = parse_mesh(mesh)[2]
+    runtime.configure()
+    configs = tuning.load_configs(model, shape, dtype, ["w8a16", "w8a8"] if quant is None else [quant])
+    platform = jax.default_backend()
+    problems = tuning.make_problems(configs, rows or tuning.DEFAULT_ROWS, platform=platform, num_shards=num_shards)
+    results, path = tuning.tune_products(problems, platform=platform, progress=True)
+    for line in tuning.table_lines(results):
+        _emit(line + "\n")
+    for result in results:
+        for choice, reason in result.rejected:
+            _tell(f"kogpt: {result.key.op} at {result.key.rows} rows: {choice} is left out: {reason}\n")
+    for config in configs:
+        ops = resolve_ops(config, "auto", platform=platform, num_shards=num_shards)
+        _emit(f"auto with {config.quant} in {config.dtype}: {describe(ops)}\n")
+    _emit(f"kept in {path}\n")
+
+
 # -- kogpt info -------------------------------------------------------------------------------------------------------
 
 
@@ -704,24 +781,25 @@ def _load(
     quant: _QuantMode,
     calibration: pathlib.Path | None,
     keep_quantized: bool,
-    kv_dtype: str | None,
+    kv_dtype: _KvDtypeName | None,
     mesh: str,
     max_batch_size: int,
     implementation: _Choice = "auto",
+    nan_guard: bool = False,
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too, to name the option
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
-    if kv_dtype not in (None, "none"):  # here, since a command line has no None, which is what the engine asks for
-        raise InputError(f"--kv-dtype {kv_dtype!r} is not supported yet: leave the option out")
     engine = kogpt_jax.KoGPT.from_pretrained(
         model,
         dtype=dtype,
         quant=quant,
         calibration=calibration,
         keep_quantized=keep_quantized,
+        kv_dtype=None if kv_dtype == "none" else kv_dtype,
         mesh=mesh,
         max_batch_size=max_batch_size,
         implementation=implementation,
+        nan_guard=nan_guard,
         progress=True,
     )
     if engine.tokenizer is None:

@@ -16,6 +16,7 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 Quant = Literal["none", "w8a16", "w8a8"]
 QUANTS: tuple[str, ...] = get_args(Quant)
 Implementation = Literal["reference", "ffi"]
+GemmImplementation = Literal["reference", "ffi", "linear"]
 
 # One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 _TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -52,6 +53,8 @@ class ModelConfig:
     # w8a8: the same weights; where whole sequences go through a layer, its products' activations are rounded to INT8
     # too, with a scale a token. Decode steps and lm_head are as in w8a16.
     quant: Quant = "none"
+    # int8: cached keys and values in INT8 with an f32 scale a token and head. None, or dtype's name: in dtype.
+    kv_dtype: str | None = None
     # The inputs of each layer's ``w_out`` are multiplied channel by channel by an f32 parameter: what SmoothQuant takes
     # out of them where no other parameter can.
     has_multiplier: bool = False
@@ -73,6 +76,10 @@ class ModelConfig:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.quant not in QUANTS:
             raise InputError(f"quant must be one of {', '.join(QUANTS)}, got {self.quant!r}")
+        if self.kv_dtype not in (None, self.dtype, "int8"):
+            raise InputError(f"kv_dtype must be {self.dtype} (the model's dtype) or int8, got {self.kv_dtype!r}")
+        if self.kv_dtype == self.dtype:
+            object.__setattr__(self, "kv_dtype", None)  # one name each, so that jit's cache holds
 
     @property
     def head_dim(self) -> int:
@@ -83,6 +90,11 @@ class ModelConfig:
     def jax_dtype(self) -> np.dtype:
         """``dtype`` as JAX and NumPy know it."""
         return NUMPY_DTYPES[self.dtype]
+
+    @property
+    def cache_dtype(self) -> np.dtype:
+        """Dtype of cached keys and values."""
+        return self.jax_dtype if self.kv_dtype is None else np.dtype(np.int8)
 
     @classmethod
     def from_hf_dict(cls, hf: Mapping[str, Any], *, dtype: Dtype = "bf16", source: str = "config") -> "ModelConfig":
@@ -182,7 +194,8 @@ class OpsConfig:
     linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
     decode_attention: Implementation = "reference"
     prefill_attention: Implementation = "reference"
-    gemm: Implementation = "reference"  # layers' products of whole sequences with INT8 weights; the others are XLA's
+    # Layers' products of whole sequences with INT8 weights; the others are XLA's. "linear" (w8a16): groups of 64 rows.
+    gemm: GemmImplementation = "reference"
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:

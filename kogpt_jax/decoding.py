@@ -18,8 +18,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from custom_ops import make_semaphores
+from custom_ops.pages import Pages
 from custom_ops.prefill_attention import token_rows
-from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, pages_per_row
+from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, make_pages, pages_per_row
 from kogpt_jax.model import GPTJ, Block, ModelDef
 from kogpt_jax.packing import Packed
 from kogpt_jax.pipeline import from_last_stage, microbatch, run_ticks, with_microbatch
@@ -78,7 +79,7 @@ class Emitted:
 
 
 _Decoding = tuple[DecodeState, tuple[Array, ...]]  # with what it has emitted
-_Scratch = tuple[tuple[tuple[Array, ...], ...], Array]  # pages of keys and of values, and results
+_Scratch = tuple[tuple[tuple[Pages, ...], ...], Array]
 
 
 class LayerInputs(NamedTuple):
@@ -138,7 +139,7 @@ def prefill(
         )
         return dataclasses.replace(cache, lengths=lengths[-1]), from_last_stage(last_hidden, num_stages)
 
-    cache_spec = cache_specs(definition.layers_per_stage)
+    cache_spec = cache_specs(definition.config, definition.layers_per_stage)
     return jax.shard_map(
         local,
         mesh=mesh,
@@ -349,13 +350,12 @@ def _read_whole(
     return results
 
 
-def _scratch_pages(num_tokens: int, num_rows: int, definition: ModelDef) -> Float[Array, "pages N page_len H"]:
+def _scratch_pages(num_tokens: int, num_rows: int, definition: ModelDef) -> Pages:
     """Pages of a layer for rows that begin together."""
     config = definition.config
     # Each row has at most one page that is not full; the last one is scratch.
     num_pages = num_tokens // PAGE_LEN + num_rows + 1
-    num_heads = config.num_heads // definition.split.num_shards
-    return jnp.zeros((num_pages, num_heads, PAGE_LEN, config.head_dim), config.jax_dtype)
+    return make_pages(config, num_pages, config.num_heads // definition.split.num_shards)
 
 
 def _scratch_page_table(packed: Packed) -> Int[Array, "B max_pages"]:
@@ -454,7 +454,7 @@ def stepped_logits(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(definition.leaf_specs(), cache_specs(definition.layers_per_stage), _ROWS_BY_LEN),
+        in_specs=(definition.leaf_specs(), cache_specs(definition.config, definition.layers_per_stage), _ROWS_BY_LEN),
         out_specs=_ROWS_BY_LEN,
         check_vma=False,
     )(list(leaves), cache, tokens)
@@ -482,7 +482,7 @@ def _chunks_specs(chunks: Packed) -> Packed:
 
 def _state_specs(definition: ModelDef, sampling: RowSampling) -> DecodeState:
     return DecodeState(
-        cache=cache_specs(definition.layers_per_stage),
+        cache=cache_specs(definition.config, definition.layers_per_stage),
         tokens=_ROWS,
         num_remaining=_ROWS,
         ignore_eos=_ROWS,

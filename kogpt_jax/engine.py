@@ -26,6 +26,7 @@ from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cac
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
+from kogpt_jax.nan_guard import NanGuard
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
 from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, deal, pack_prompts, pack_whole, power_bucket
 from kogpt_jax.sampling import RowSampling, SamplingParams
@@ -120,6 +121,7 @@ class KoGPT:
         *,
         max_batch_size: int = 64,
         implementation: Choice = "auto",
+        nan_guard: bool = False,
     ):
         """For callers that hold leaves already; others use `from_pretrained`.
 
@@ -131,6 +133,8 @@ class KoGPT:
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
             implementation: what runs a decode step: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
                 faster of those that this machine has. ``ops`` has what was chosen.
+            nan_guard: look at the output of every op, so that the `FloatingPointError` of logits that are not finite
+                names the first layer and op whose output was not. For debugging: it takes time.
         """
         _check_max_batch_size(max_batch_size)
         config = resolve_eos(config, tokenizer)
@@ -141,7 +145,8 @@ class KoGPT:
         self.leaves = tuple(leaves)
         platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
         self.ops = resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
-        self._definition = model.model_def(config, split, self.ops)
+        self._guard = NanGuard(split.layers_per_stage(config.num_layers)) if nan_guard else None
+        self._definition = model.model_def(config, split, self.ops, self._guard)
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
@@ -159,6 +164,7 @@ class KoGPT:
         mesh: str = "d1p1t1",
         max_batch_size: int = 64,
         implementation: Choice = "auto",
+        nan_guard: bool = False,
         progress: bool = False,
     ) -> "KoGPT":
         """Loads a Hugging Face directory, or the shipped model ``"demo"``.
@@ -174,11 +180,13 @@ class KoGPT:
                 Weights smoothed on another text are other weights, so it must be named at every load; they are made at
                 the first and kept, if ``keep_quantized``.
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
-            kv_dtype: must be None, the cache has the model's dtype.
+            kv_dtype: "int8" holds the cache of keys and values in INT8 with a scale a token and head; None, or the name
+                of the model's dtype, in that.
             mesh: devices along data (rows), pipe (layers) and tensor (heads and FFN units),
                 such as "d2p1t4".
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
+            nan_guard: name the first op whose output is not finite, as for `KoGPT`.
             progress: show a progress bar while loading, if stderr is a terminal.
 
         Raises:
@@ -192,13 +200,11 @@ class KoGPT:
         if calibration is not None and quant != "w8a8":
             raise InputError(f"calibration {os.fspath(calibration)} is for quant w8a8, got quant {quant}")
         check_choice(implementation)
-        if kv_dtype is not None:
-            raise InputError(f"kv_dtype {kv_dtype!r} is not supported yet, only None (the model's dtype)")
         extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
         runtime.configure()
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
-        config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant)
+        config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant, kv_dtype=kv_dtype)
         tokenizer_file = find_tokenizer(directory)
         tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -228,7 +234,15 @@ class KoGPT:
             leaves = quantized_cache.load_leaves(directory, config, device_mesh, progress=progress)
         else:
             leaves = checkpoint.load_leaves(directory, config, device_mesh, progress=progress)
-        return cls(config, leaves, device_mesh, tokenizer, max_batch_size=max_batch_size, implementation=implementation)
+        return cls(
+            config,
+            leaves,
+            device_mesh,
+            tokenizer,
+            max_batch_size=max_batch_size,
+            implementation=implementation,
+            nan_guard=nan_guard,
+        )
 
     @classmethod
     def from_random(
@@ -239,6 +253,7 @@ class KoGPT:
         mesh: str = "d1p1t1",
         max_batch_size: int = 64,
         implementation: Choice = "auto",
+        nan_guard: bool = False,
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
         extents = sharding.parse_mesh(mesh)
@@ -246,7 +261,14 @@ class KoGPT:
         runtime.configure()
         device_mesh = sharding.make_mesh(*extents)
         leaves = model.random_leaves(config, device_mesh, seed=seed)
-        return cls(config, leaves, device_mesh, max_batch_size=max_batch_size, implementation=implementation)
+        return cls(
+            config,
+            leaves,
+            device_mesh,
+            max_batch_size=max_batch_size,
+            implementation=implementation,
+            nan_guard=nan_guard,
+        )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
         """Writes a Hugging Face directory that transformers and `from_pretrained` read, tokenizer included.
@@ -346,6 +368,7 @@ class KoGPT:
                 raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
+            self._forget_found()
             num_stages = self.mesh.shape["pipe"]
             num_chunks = 1 if num_stages == 1 else min(power_bucket(len(group), 1), 4 * num_stages)
             num_parts = num_chunks * self.mesh.shape["data"]
@@ -445,6 +468,7 @@ class KoGPT:
         slots = deal(requests, self.mesh.shape["data"], multiple=self.mesh.shape["pipe"])
         num_emitted = [0] * len(slots)
         finished: set[int] = set()
+        self._forget_found()
         for emitted in self._dispatch(slots):
             tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
             for slot, request in enumerate(slots):
@@ -459,13 +483,22 @@ class KoGPT:
                     finished.add(slot)
                 yield _NewTokens(request, token_ids, tuple(logprobs[slot, :count].tolist()), reason)
 
+    def _forget_found(self) -> None:
+        if self._guard is not None:
+            self._guard.clear()
+
     def _check_finite(self, index: int, num_before: int, logprobs: Float[np.ndarray, " T"]) -> None:
         is_finite = np.isfinite(logprobs)
-        if not is_finite.all():
-            raise FloatingPointError(
-                f"prompt {index}: the logits are not finite after {num_before + int(np.argmin(is_finite))} tokens "
-                f"(dtype {self.config.dtype}; fp16 can overflow where bf16 and fp32 do not)"
-            )
+        if is_finite.all():
+            return
+        if self._guard is None:
+            first = "nan_guard=True or --nan-guard tells which op is the first"
+        else:
+            first = f"first in its batch: {self._guard.first() or 'no op, only the log-probabilities'}"
+        raise FloatingPointError(
+            f"prompt {index}: the logits are not finite after {num_before + int(np.argmin(is_finite))} tokens "
+            f"(dtype {self.config.dtype}; fp16 can overflow where bf16 and fp32 do not); {first}"
+        )
 
     def _finish_reason(self, request: _Request, last_token: int, num_emitted: int) -> FinishReason | None:
         if last_token in self.config.eos_token_ids and not request.params.ignore_eos:
@@ -560,8 +593,9 @@ class KoGPT:
     def _batch_bytes(self, lens: Sequence[tuple[int, int]]) -> int:
         """Device memory that a batch of (prompt, new) lengths needs beside the weights: its cache, a chunk of prefill
         and the logits."""
-        batch = power_bucket(len(lens), self.mesh.shape["data"])
-        cache = batch * kv_cache.cache_bytes_per_row(self.config, self.cache_capacity(lens))
+        batch = power_bucket(len(lens), self.mesh.shape["data"] * self.mesh.shape["pipe"])
+        capacity, split = self.cache_capacity(lens), Split.of(self.mesh)
+        cache = batch // self.mesh.shape["data"] * kv_cache.cache_bytes_per_row(self.config, capacity, split)
         num_tokens = min(sum(prompt_len for prompt_len, _ in lens), CHUNK_TOKENS)
         return cache + self._forward_bytes(num_tokens) + 2 * batch * self.config.vocab_size * 4
 

@@ -34,7 +34,7 @@ from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import model_def
 from kogpt_jax.packing import pack_whole
-from kogpt_jax.progress import counting
+from kogpt_jax.progress import progress_bar
 from kogpt_jax.sharding import make_mesh
 from kogpt_jax.text_files import line_documents, read_text_file
 from kogpt_jax.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -154,8 +154,6 @@ def measure_perplexity(
             raise InputError(f"mode must be one of {', '.join(MODES)}, got {name!r}")
         if MODES[name].is_smoothed and task.calibration is None:
             raise InputError(f"mode {name} needs a calibration text")
-        if MODES[name].kv_dtype is not None and not hasattr(ModelConfig, "kv_dtype"):
-            raise InputError(f"mode {name} is not supported yet: its cache is in {MODES[name].kv_dtype}")
     runtime.configure()
     source = _Source(task)
     windows = source.windows()
@@ -264,8 +262,7 @@ class _Source:
             assert self.calibration is not None
             windows = smoothing.text_windows(self.calibration, config.max_len)
             smoothing.smooth(config, by_path, mesh, windows, self.calibration.settings, progress=progress)
-        options: dict[str, Any] = {} if mode.kv_dtype is None else {"kv_dtype": mode.kv_dtype}
-        config = dataclasses.replace(config, dtype=dtype, quant=mode.quant, **options)
+        config = dataclasses.replace(config, dtype=dtype, quant=mode.quant, kv_dtype=mode.kv_dtype)
         return KoGPT(config, smoothing.quantized_leaves(config, by_path, mesh), mesh, self.tokenizer)
 
 
@@ -327,7 +324,7 @@ def _measure(
     totals = {phase: _Totals() for phase in PHASES}
     seen: set[tuple[int, ...]] = set()
     batches = list(_batches(windows, max_batch_size, reference.config))
-    with counting(name, len(batches), progress) as advance:
+    with progress_bar(len(batches), progress) as advance:
         for tokens, is_target in batches:
             expected = _logits(reference, tokens, "prefill")
             num_tokens = int(is_target.sum())
@@ -343,7 +340,7 @@ def _measure(
                 totals[phase].sums += sums
                 totals[phase].num_tokens += num_tokens
             seen.add(tokens.shape)
-            advance()
+            advance(name, 1)
     return {phase: total.as_json() for phase, total in totals.items()}
 
 
@@ -405,11 +402,7 @@ def _sums(
 
 def default_modes(has_calibration: bool) -> list[str]:
     """All that can be measured: smoothed ones with a calibration text."""
-    return [
-        name
-        for name, mode in MODES.items()
-        if (has_calibration or not mode.is_smoothed) and (mode.kv_dtype is None or hasattr(ModelConfig, "kv_dtype"))
-    ]
+    return [name for name, mode in MODES.items() if has_calibration or not mode.is_smoothed]
 
 
 def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import jax
 
 import custom_ops
+from custom_ops import autotune
 from kogpt_jax import checkpoint, demo, kv_cache, ops, quantized_cache, runtime, tokenizer
 from kogpt_jax._version import __version__
 from kogpt_jax.config import KOGPT_6B, Dtype, ModelConfig
@@ -63,7 +64,9 @@ def _ops_report(model: str | None) -> dict[str, Any]:
     choices = {dtype: dataclasses.replace(model_config, dtype=dtype) for dtype in get_args(Dtype)}
     for quant in ("w8a16", "w8a8"):  # with the dtype of the stored weights
         choices[quant] = dataclasses.replace(model_config, quant=quant)
+    choices["int8 cache"] = dataclasses.replace(model_config, kv_dtype="int8")
     platform_name = jax.default_backend()
+    device = autotune.find_device(platform_name)
     return {
         "jaxlib_ffi_version": custom_ops.jaxlib_ffi_version(),
         "libraries": [dataclasses.asdict(library) for library in custom_ops.library_info()],
@@ -71,6 +74,10 @@ def _ops_report(model: str | None) -> dict[str, Any]:
             name: ops.describe(ops.resolve_ops(config, "auto", platform=platform_name))
             for name, config in choices.items()
         },
+        # What `kogpt autotune` and the package's own files know of this device.
+        "timed": None
+        if device is None
+        else {"device": device.name, "products": len(autotune.load_table(platform_name))},
     }
 
 
@@ -97,8 +104,8 @@ def _model_report(model: str) -> dict[str, Any]:
         },
         # Of a row that may fill the whole context.
         "kv_cache_bytes_per_row": {
-            dtype: kv_cache.cache_bytes_per_row(other, num_pages * kv_cache.PAGE_LEN)
-            for dtype, other in by_dtype.items()
+            name: kv_cache.cache_bytes_per_row(other, num_pages * kv_cache.PAGE_LEN)
+            for name, other in (by_dtype | {"int8": dataclasses.replace(model_config, kv_dtype="int8")}).items()
         },
         "tokenizer": None if loaded is None else _tokenizer_report(loaded),
     }
@@ -164,6 +171,8 @@ def _ops_facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "jaxlib's XLA FFI", _dotted(report["jaxlib_ffi_version"])
     for name, ops_line in report["auto"].items():
         yield f"ops with {name}", ops_line
+    if timed := report["timed"]:
+        yield "timed products", f"{timed['products']} on {timed['device']}"
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -8,6 +8,8 @@ Tokens are left-aligned: token j of row b lies in page ``page_table[b, j // PAGE
 key j is valid iff ``j < lengths[b]``. What lies beyond is never read into a result, whatever it holds. The last page
 of the pool is a scratch page that stands in no page table: writes that shall have no effect go there.
 
+With ``kv_dtype="int8"`` pages are `QuantizedArray`s: beside the values an f32 scale a token and head, paged alike.
+
 On a mesh each device has a pool of its own, with the pages of its rows, of its stage's layers and of its heads, and
 numbers them from 0: the stages of a pipeline share one page table.
 """
@@ -19,10 +21,12 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from custom_ops import QuantizedArray
+from custom_ops.pages import Pages
 from kogpt_jax.config import ModelConfig
-from kogpt_jax.sharding import Split, partition_spec
+from kogpt_jax.sharding import ONE_DEVICE, Split, partition_spec
 
 PAGE_LEN = 64  # tokens a page
 
@@ -35,8 +39,8 @@ _PAGES_AXES = ("pages", "heads", "kv_len", "head_dim")
 class KVCache:
     """The cache of a batch: one array of pages per layer of a stage for keys and one for values."""
 
-    k: tuple[Float[Array, "pages N page_len H"], ...]
-    v: tuple[Float[Array, "pages N page_len H"], ...]
+    k: tuple[Pages, ...]
+    v: tuple[Pages, ...]
     page_table: Int[Array, "B max_pages"]
     lengths: Int[Array, " B"]
 
@@ -46,19 +50,30 @@ class KVCache:
         return self.page_table.shape[1] * PAGE_LEN
 
 
-def cache_specs(layers_per_stage: int) -> KVCache:
+def cache_specs(config: ModelConfig, layers_per_stage: int) -> KVCache:
     """The partition of a cache over the mesh, in the cache's own structure."""
-    pages: Any = (partition_spec(_PAGES_AXES),) * layers_per_stage  # Any: they stand where a cache has arrays
+    of_part: Any = partition_spec(_PAGES_AXES)  # Any: they stand where a cache has arrays
+    pages = (of_part if config.kv_dtype is None else QuantizedArray(of_part, of_part),) * layers_per_stage
     page_table: Any = partition_spec(("batch", None))
     lengths: Any = partition_spec(("batch",))
     return KVCache(k=pages, v=pages, page_table=page_table, lengths=lengths)
 
 
-def cache_bytes_per_row(config: ModelConfig, max_len: int) -> int:
-    """Bytes of pages that one row of ``max_len`` tokens takes, over all layers, keys and values (scratch page
-    apart)."""
-    itemsize = config.jax_dtype.itemsize
-    return 2 * config.num_layers * pages_per_row(max_len) * PAGE_LEN * config.model_dim * itemsize
+def cache_bytes_per_row(config: ModelConfig, max_len: int, split: Split = ONE_DEVICE) -> int:
+    """Bytes of pages that one row of ``max_len`` tokens takes on a device, over the layers and heads it has, keys and
+    values (scratch page apart)."""
+    scale_bytes = 0 if config.kv_dtype is None else 4
+    head_bytes = config.head_dim * config.cache_dtype.itemsize + scale_bytes  # of a token
+    num_heads = split.layers_per_stage(config.num_layers) * config.num_heads // split.num_shards
+    return 2 * num_heads * pages_per_row(max_len) * PAGE_LEN * head_bytes
+
+
+def make_pages(config: ModelConfig, num_pages: int, num_heads: int) -> Pages:
+    """Empty pages of a layer's keys, or of its values, for so many heads."""
+    values = jnp.zeros((num_pages, num_heads, PAGE_LEN, config.head_dim), config.cache_dtype)
+    if config.kv_dtype is None:
+        return values
+    return QuantizedArray(values, jnp.zeros((*values.shape[:3], 1), jnp.float32))
 
 
 def pages_per_row(max_len: int) -> int:
@@ -75,10 +90,9 @@ def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> 
     layers_per_stage = Split.of(mesh).layers_per_stage(config.num_layers)
     rows_per_shard = batch // num_data
     num_pages = (rows_per_shard * max_pages + 1) * num_data * num_stages  # each device's rows and its scratch page
-    shape = (num_pages, config.num_heads, PAGE_LEN, config.head_dim)
 
-    def pages() -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, config.jax_dtype) for _ in range(layers_per_stage))
+    def pages() -> tuple[Pages, ...]:
+        return tuple(make_pages(config, num_pages, config.num_heads) for _ in range(layers_per_stage))
 
     own_pages = jnp.arange(rows_per_shard * max_pages, dtype=jnp.int32).reshape(rows_per_shard, max_pages)
     cache = KVCache(
@@ -87,5 +101,5 @@ def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> 
         page_table=jnp.tile(own_pages, (num_data, 1)),
         lengths=jnp.zeros(batch, jnp.int32),
     )
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(layers_per_stage))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(config, layers_per_stage))
     return jax.lax.with_sharding_constraint(cache, shardings)

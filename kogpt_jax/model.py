@@ -32,22 +32,24 @@ from custom_ops import (
     decode_attention,
     int8_gemm,
     linear,
+    make_semaphores,
     mixed_gemm,
     numerics,
     prefill_attention,
     quantize_rows,
 )
+from custom_ops.pages import Pages
 from custom_ops.prefill_attention import token_rows
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import KVCache, pages_per_row
+from kogpt_jax.nan_guard import Check, NanGuard, no_check
 from kogpt_jax.packing import Packed
 from kogpt_jax.quantize import SCALE_SUFFIX, quantize_leaf
-from kogpt_jax.sharding import Split, named_sharding, partition_spec
+from kogpt_jax.sharding import ONE_DEVICE, Split, named_sharding, partition_spec
 from kogpt_jax.vocabulary import Vocabulary
 
 DEFAULT_OPS = OpsConfig()
-ONE_DEVICE = Split()
 
 # Values of an INT8 matrix that are converted at a time, for a product with whole sequences.
 TILE_SIZE = 1 << 24
@@ -56,7 +58,7 @@ NO_LAYER = -1  # stands for the layer of a block that is left over
 
 # From what ``w_in`` made of a layer's tokens, [T, 3 N H] and [T, K], to the second with attention's part filled in, and
 # what the phase keeps of the layer: its updated pages, or nothing.
-Attend = Callable[[Array, Array], tuple[Array, tuple[Array, ...]]]
+Attend = Callable[[Array, Array], tuple[Array, tuple[Pages, ...]]]
 
 # Takes a block, the residual stream in front of it, [T, D], and its ``w_out``'s input, [T, K].
 Watch = Callable[["Block", Array, Array], None]
@@ -114,8 +116,10 @@ class Block(nnx.Module):
         )
         self.b_ffn_out = _param((stages, model_dim), ("stage", "embed"), config)
 
-    def __call__(self, x: Float[Array, "T D"], attend: Attend) -> tuple[Float[Array, "T D"], tuple[Array, ...]]:
-        """Many tokens, of whatever rows: only ``attend`` knows which belong together."""
+    def __call__(
+        self, x: Float[Array, "T D"], attend: Attend, layer: int = 0, check: Check = no_check
+    ) -> tuple[Float[Array, "T D"], tuple[Pages, ...]]:
+        """Many tokens, of whatever rows: only ``attend`` knows which belong together. ``layer`` is for ``check``."""
         config = self.config
         local_dim = self.num_local_heads * config.head_dim
         with jax.named_scope("w_in"):
@@ -130,15 +134,21 @@ class Block(nnx.Module):
                 act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
         assert act is not None  # with gelu_from
+        ffn = act
+        check("w_in", layer, lambda: (qkv, ffn[:, local_dim:]))
         with jax.named_scope("attention"):
             act, kept = attend(qkv, act)
+        check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
             if self.num_shards == 1:
-                return prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x, **options)[0], kept
-            out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32, **options)
-            return x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32), kept
+                x, _ = prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x, **options)
+            else:
+                out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32, **options)
+                x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
+        check("w_out", layer, lambda: (x,))
+        return x, kept
 
     def product_inputs(
         self, x: Float[Array, "T D"], act: Float[Array, "T K"]
@@ -159,7 +169,8 @@ class Block(nnx.Module):
         cache: KVCache,
         num_new: Int[Array, " B"],
         semaphores: Array,
-    ) -> tuple[Float[Array, "B D"], tuple[Array, Array], Array]:
+        check: Check,
+    ) -> tuple[Float[Array, "B D"], tuple[Pages, Pages], Array]:
         """One token a row. Both products' inputs lie in one buffer ``act``: GELU fills the FFN's part of it, attention
         its own.
 
@@ -179,6 +190,7 @@ class Block(nnx.Module):
                 gelu_from=3 * local_dim,
                 act_dim=local_dim + self.b_ffn_in.shape[-1],
             )
+        check("w_in", layer, lambda: (qkv, act[:, local_dim:]))
         with jax.named_scope("attention"):
             act, k_pages, v_pages, semaphores = decode_attention(
                 qkv,
@@ -193,6 +205,7 @@ class Block(nnx.Module):
                 prefetch_cache=True,  # the kernels just ahead are a product's: no page is theirs
                 implementation=ops.decode_attention,
             )
+        check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
@@ -201,6 +214,7 @@ class Block(nnx.Module):
             else:
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32, **options)
                 x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
+        check("w_out", layer, lambda: (x,))
         return x, (k_pages, v_pages), semaphores
 
 
@@ -208,9 +222,10 @@ class GPTJ(nnx.Module):
     """The whole model, or a stage of it: ``blocks`` are those of this device's stage. Built only abstractly
     (`model_def`); its leaves are held apart and merged inside the jit."""
 
-    def __init__(self, config: ModelConfig, split: Split, ops: OpsConfig):
+    def __init__(self, config: ModelConfig, split: Split, ops: OpsConfig, guard: NanGuard | None = None):
         self.config = config
         self.ops = ops
+        self.guard = guard
         self.vocabulary = Vocabulary(config.vocab_size, math.prod(split))
         self.embed = Embed(config, self.vocabulary)
         self.blocks = nnx.List([Block(config, split, ops) for _ in range(split.layers_per_stage(config.num_layers))])
@@ -238,16 +253,20 @@ class GPTJ(nnx.Module):
             the tokens.
         """
         begins, num_new = packed.begins, packed.num_new
-        row_of_token, index, _ = token_rows(begins, num_new, packed.tokens.shape[0])
-        rotary = rotary_tables(cache.lengths[row_of_token] + index, self.config)
+        row_of_token, index, is_token = token_rows(begins, num_new, packed.tokens.shape[0])
+        positions = cache.lengths[row_of_token] + index
+        rotary = rotary_tables(positions, self.config)
         page_table = cache.page_table[:, : pages_per_row(packed.max_len)]
-        new_pages: list[tuple[Array, ...]] = list(zip(cache.k, cache.v, strict=True))
+        new_pages: list[tuple[Pages, ...]] = list(zip(cache.k, cache.v, strict=True))
+        check: Check = no_check
+        if self.guard is not None:
+            check = self.guard.for_rows("prefill", x, cache.lengths, row_of_token, positions, is_token)
         for layer, block in enumerate(self.blocks):
             slot = layer % len(new_pages)
 
             def attend(
                 qkv: Array, act: Array, slot: int = slot, block: Block = block, x: Array = x
-            ) -> tuple[Array, tuple[Array, ...]]:
+            ) -> tuple[Array, tuple[Pages, ...]]:
                 act, k_pages, v_pages, _ = prefill_attention(
                     qkv,
                     rotary,
@@ -265,7 +284,7 @@ class GPTJ(nnx.Module):
                     watch(block, x, act)
                 return act, (k_pages, v_pages)
 
-            x, new_pages[slot] = block(x, attend)
+            x, new_pages[slot] = block(x, attend, layer, check)
         return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(
@@ -284,9 +303,13 @@ class GPTJ(nnx.Module):
             semaphores.
         """
         rotary = rotary_tables(cache.lengths, self.config)
+        check: Check = no_check
+        if self.guard is not None:
+            rows = jnp.arange(x.shape[0])
+            check = self.guard.for_rows("decode_step", x, cache.lengths, rows, cache.lengths, num_new > 0)
         new_pages = []
         for layer, block in enumerate(self.blocks):
-            x, layer_pages, semaphores = block.decode_step(x, rotary, layer, cache, num_new, semaphores)
+            x, layer_pages, semaphores = block.decode_step(x, rotary, layer, cache, num_new, semaphores, check)
             new_pages.append(layer_pages)
         return x, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
@@ -302,15 +325,25 @@ class GPTJ(nnx.Module):
                 bias=self.lm_head_bias[...],
                 out_dtype=jnp.float32,
             )
-            return self.vocabulary.without_padding(logits), semaphores
+            return self._checked_logits(x, logits), semaphores
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B local_V"]:
         """Logits in f32 from the residual stream behind the last layer, of this device's shard of the vocabulary."""
         with jax.named_scope("lm_head"):
-            hidden = layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
+            hidden = self._final_norm(x)
             weight = _local_weight(self.lm_head, self.lm_head_scale)
             logits = dense(hidden, weight, jnp.float32) + self.lm_head_bias[...].astype(jnp.float32)
-            return self.vocabulary.without_padding(logits)
+            return self._checked_logits(x, logits)
+
+    def _checked_logits(self, x: Float[Array, "*B D"], logits: Float[Array, "*B local_V"]) -> Array:
+        if self.guard is not None:
+            check = self.guard.for_last_ops(x)
+            check("ln_f", None, lambda: (self._final_norm(x),))
+            check("lm_head", None, lambda: (jnp.maximum(logits, 0),))  # -inf bans a token
+        return self.vocabulary.without_padding(logits)
+
+    def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return layer_norm(x, self.ln_f_scale[...], self.ln_f_bias[...], self.config)
 
 
 def dense(
@@ -408,7 +441,34 @@ def prefill_linear(
         x = (x.astype(jnp.float32) * k_multiplier).astype(config.jax_dtype)
     if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
         return mixed_gemm(x, weight, implementation="ffi", **options)
+    if isinstance(weight, QuantizedArray) and ops.gemm == "linear":
+        return _linear_in_groups(x, weight, **options)
     return _dense_with(x, weight, config, **options)
+
+
+def _linear_in_groups(
+    x: Float[Array, "T K"], weight: QuantizedArray, *, residual: Float[Array, "T M"] | None, **options: Any
+) -> tuple[Array, Array | None]:
+    """The kernel of `custom_ops.linear`, as many rows at a time as it takes, in a loop: the program stays small."""
+    rows = x.shape[0]
+    group_len = min(rows, MAX_ROWS)
+    num_groups = -(-rows // group_len)
+
+    def split(array: Array) -> Array:
+        padding = num_groups * group_len - rows
+        return jnp.pad(array, ((0, padding), (0, 0))).reshape(num_groups, group_len, array.shape[1])
+
+    def run(semaphores: Array, group: tuple[Array, Array | None]) -> tuple[Array, list[Array]]:
+        x, residual = group
+        *outputs, semaphores = linear(
+            x, weight, residual=residual, semaphores=semaphores, implementation="ffi", **options
+        )
+        return semaphores, outputs
+
+    groups = (split(x), None if residual is None else split(residual))
+    _, outputs = jax.lax.scan(run, make_semaphores(), groups)
+    y, *more = (output.reshape(num_groups * group_len, output.shape[2])[:rows] for output in outputs)
+    return y, more[0] if more else None
 
 
 def _dense_with(
@@ -454,7 +514,7 @@ def rotary_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Array, ...]], lengths: Array) -> KVCache:
+def _with_pages(cache: KVCache, new_pages: Sequence[tuple[Pages, ...]], lengths: Array) -> KVCache:
     k, v = zip(*new_pages, strict=True)
     return dataclasses.replace(cache, k=k, v=v, lengths=lengths)
 
@@ -556,9 +616,11 @@ class ModelDef:
 
 
 @functools.cache
-def model_def(config: ModelConfig, split: Split = ONE_DEVICE, ops: OpsConfig = DEFAULT_OPS) -> ModelDef:
+def model_def(
+    config: ModelConfig, split: Split = ONE_DEVICE, ops: OpsConfig = DEFAULT_OPS, guard: NanGuard | None = None
+) -> ModelDef:
     """The definition of a model that is cut this way; one object per argument, so that jit's cache holds. The
-    parameters do not depend on ``ops``.
+    parameters depend on neither ``ops`` nor ``guard``.
 
     Raises:
         InputError: heads or FFN units that the tensor shards cannot share evenly.
@@ -567,7 +629,7 @@ def model_def(config: ModelConfig, split: Split = ONE_DEVICE, ops: OpsConfig = D
         extent = getattr(config, name)
         if extent % split.num_shards:
             raise InputError(f"{name} {extent} is not a multiple of the {split.num_shards} tensor shards")
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, split, ops)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPTJ(config, split, ops, guard)))
     leaves, treedef = jax.tree.flatten(state)
     variables = nnx.to_flat_state(state)
     params = []

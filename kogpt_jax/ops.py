@@ -1,10 +1,11 @@
 """Which implementation runs each op: resolved once, when an engine is built, and printed. Nothing falls back later."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from custom_ops import (
+    autotune,
     decode_attention_ffi_problem,
     int8_gemm_ffi_problem,
     linear_ffi_problem,
@@ -12,7 +13,7 @@ from custom_ops import (
     prefill_attention_ffi_problem,
 )
 from custom_ops.linear import MAX_ROWS
-from kogpt_jax.config import Implementation, ModelConfig, OpsConfig
+from kogpt_jax.config import GemmImplementation, Implementation, ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import PAGE_LEN
 
@@ -35,6 +36,9 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     ones in groups of 64 rows: XLA would write and read them in 16 bits, which is more than a few groups read. "ffi"
     takes groups for both, so that a row has the same bits in a batch of any size, and on a GPU the kernels of
     `prefill_attention` and `mixed_gemm`, which "auto" leaves to XLA until whole prefills with them have been timed.
+    For the layers' products of whole sequences with INT8 weights "auto" takes what was the fastest, where this device
+    has been timed with such products (`custom_ops.autotune`).
+    An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
 
     Raises:
         InputError: an unknown choice, or "ffi" where it cannot work, with the reason.
@@ -45,36 +49,76 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     is_quantized = config.quant != "none"
     if choice == "auto" and platform == "cpu" and not is_quantized:
         return OpsConfig()
-    k_dims = (config.model_dim, (config.model_dim + config.ffn_dim) // num_shards)
+    cache: dict[str, Any] = {
+        "dtype": config.jax_dtype,
+        "pages_dtype": config.cache_dtype,
+        "head_dim": config.head_dim,
+        "page_len": PAGE_LEN,
+    }
     problems = {
-        "linear": linear_ffi_problem(
-            platform=platform,
-            dtype=config.jax_dtype,
-            weight_dtype=np.dtype(np.int8) if is_quantized else config.jax_dtype,
-            k_dims=k_dims,
-        ),
-        "decode_attention": decode_attention_ffi_problem(
-            platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
-        ),
+        "linear": _linear_problem(config, platform, num_shards),
+        "decode_attention": decode_attention_ffi_problem(platform=platform, **cache),
     }
     if platform == "gpu":  # what has no kernel for CPUs
-        problems["prefill_attention"] = prefill_attention_ffi_problem(
-            platform=platform, dtype=config.jax_dtype, head_dim=config.head_dim, page_len=PAGE_LEN
-        )
+        problems["prefill_attention"] = prefill_attention_ffi_problem(platform=platform, **cache)
         if is_quantized:
-            gemm_problem = int8_gemm_ffi_problem if config.quant == "w8a8" else mixed_gemm_ffi_problem
-            problems["gemm"] = gemm_problem(platform=platform, dtype=config.jax_dtype, k_dims=k_dims)
+            problems["gemm"] = _gemm_problem(config, platform, num_shards)
     best: dict[str, Implementation] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
     if choice == "ffi":
         for op, problem in problems.items():
             if problem is not None:
                 raise InputError(f"implementation 'ffi' cannot be used for {op}: {problem}")
         return OpsConfig(linear_many_rows="ffi", **best)
-    if config.quant != "w8a8":
-        best["gemm"] = "reference"
-    return OpsConfig(
-        linear_many_rows=best["linear"] if is_quantized else "reference", **best | {"prefill_attention": "reference"}
+    gemm: GemmImplementation = "reference"
+    if is_quantized:
+        gemm, *others = gemm_implementations(config, platform=platform, num_shards=num_shards)
+        if others:
+            usable, shapes = (gemm, *others), layer_products(config, num_shards)
+            fastest = autotune.fastest_implementation(platform, gemm_op(config), config.jax_dtype, shapes, usable)
+            gemm = cast(GemmImplementation, fastest or gemm)
+    best.pop("gemm", None)
+    many_rows = best["linear"] if is_quantized else "reference"
+    return OpsConfig(**best | {"prefill_attention": "reference"}, linear_many_rows=many_rows, gemm=gemm)
+
+
+def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int = 1) -> tuple[GemmImplementation, ...]:
+    """What can run the layers' products of whole sequences with INT8 weights on this machine; first what a rule takes
+    where nothing has been timed."""
+    has_kernel = platform == "gpu" and _gemm_problem(config, platform, num_shards) is None
+    if config.quant == "w8a8":
+        return ("ffi", "reference") if has_kernel else ("reference",)
+    found: list[GemmImplementation] = ["reference"]
+    if has_kernel:
+        found.append("ffi")
+    if _linear_problem(config, platform, num_shards) is None:
+        found.append("linear")
+    return tuple(found)
+
+
+def gemm_op(config: ModelConfig) -> str:
+    """Which op of `custom_ops` the layers' products of whole sequences are, with INT8 weights."""
+    return "int8_gemm" if config.quant == "w8a8" else "mixed_gemm"
+
+
+def layer_products(config: ModelConfig, num_shards: int = 1) -> list[tuple[int, int]]:
+    """(outputs, K) of a layer's two products on one of ``num_shards`` tensor shards."""
+    local_dim, local_ffn = config.model_dim // num_shards, config.ffn_dim // num_shards
+    return [(3 * local_dim + local_ffn, config.model_dim), (config.model_dim, local_dim + local_ffn)]
+
+
+def _linear_problem(config: ModelConfig, platform: str, num_shards: int) -> str | None:
+    return linear_ffi_problem(
+        platform=platform,
+        dtype=config.jax_dtype,
+        weight_dtype=config.jax_dtype if config.quant == "none" else np.dtype(np.int8),
+        k_dims=[k_dim for _, k_dim in layer_products(config, num_shards)],
     )
+
+
+def _gemm_problem(config: ModelConfig, platform: str, num_shards: int) -> str | None:
+    problem = int8_gemm_ffi_problem if config.quant == "w8a8" else mixed_gemm_ffi_problem
+    k_dims = [k_dim for _, k_dim in layer_products(config, num_shards)]
+    return problem(platform=platform, dtype=config.jax_dtype, k_dims=k_dims)
 
 
 def describe(ops: OpsConfig) -> str:

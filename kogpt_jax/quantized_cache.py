@@ -25,8 +25,7 @@ from kogpt_jax._version import __version__
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object, write_json
-from kogpt_jax.model import ONE_DEVICE
-from kogpt_jax.sharding import Split
+from kogpt_jax.sharding import ONE_DEVICE, Split
 from kogpt_jax.smoothing import Calibration
 from kogpt_jax.weight_files import find_weight_files, renamed_when_complete
 

@@ -8,6 +8,7 @@
 
 The lower-case names are JAX's options, which environment variables (``JAX_COMPILATION_CACHE_DIR``) set too. They count
 from the start of JAX's backend on, that is from the first JAX operation of the process: ``configure`` comes before it.
+It also tells `custom_ops.autotune` where the user's files are: in ``cache_dir() / "tuned"``.
 """
 
 import logging
@@ -18,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import platformdirs
+
+from custom_ops import autotune
 
 # Weights, cache and XLA's workspace live in XLA's own pool; the rest is for the CUDA context, cuDNN and NCCL. XLA's
 # default is .75, which on an 80 GB GPU leaves 20 GB idle.
@@ -58,6 +61,7 @@ def configure() -> None:
     global _settings
     if _settings is None:
         _settings = (_set_mem_fraction(), *_set_compilation_cache())
+        autotune.set_user_folder(cache_dir() / "tuned")
 
 
 def settings() -> tuple[Setting, ...]:

@@ -62,6 +62,9 @@ class Split(NamedTuple):
         return range(block, self.num_stages * layers_per_stage, layers_per_stage)
 
 
+ONE_DEVICE = Split()
+
+
 def parse_mesh(name: str) -> tuple[int, int, int]:
     """Reads a mesh name such as ``"d1p1t2"`` into its (data, pipe, tensor) extents.
 

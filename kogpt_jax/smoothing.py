@@ -38,7 +38,7 @@ from kogpt_jax.decoding import LayerInputs
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def, quantized_as
 from kogpt_jax.packing import pack
-from kogpt_jax.progress import counting
+from kogpt_jax.progress import progress_bar
 from kogpt_jax.sharding import make_mesh
 from kogpt_jax.text_files import TextFile, line_documents, read_text_file
 from kogpt_jax.tokenizer import Tokenizer
@@ -160,7 +160,7 @@ def smooth(
         config, [by_path[param.path] for param in model_def(config).params], mesh, windows, settings, progress
     )
     chosen = []
-    with counting("searching strengths", config.num_layers, progress) as advance:
+    with progress_bar(config.num_layers, progress) as advance:
         for layer, found in enumerate(inputs):
             block = f"blocks.{layer}."
             choices = {
@@ -170,7 +170,7 @@ def smooth(
             factors = {name: choice.factors for name, choice in choices.items()}
             by_path |= rescale_layer(by_path, layer, config, **factors)
             chosen.append(choices)
-            advance()
+            advance("searching strengths", 1)
     return chosen
 
 
@@ -304,7 +304,7 @@ def _collect(
     groups = [list(windows[first : first + _BATCH]) for first in range(0, len(windows), _BATCH)]
     rows_per_group = -(-settings.num_rows // len(groups))
     found = []
-    with counting("calibrating", len(groups), progress) as advance:
+    with progress_bar(len(groups), progress) as advance:
         for group in groups:
             num_tokens = sum(map(len, group))
             # Empty rows, so that all batches are of few shapes.
@@ -312,7 +312,7 @@ def _collect(
             picked = (np.arange(rows_per_group) * num_tokens // rows_per_group).astype(np.int32)
             static = {"definition": model_def(config), "mesh": mesh}
             found.append(jax.device_get(decoding.layer_inputs(leaves, packed, picked, **static)))
-            advance()
+            advance("calibrating", 1)
     return [
         LayerInputs(
             *(np.max([part[field] for part in parts], axis=0) for field in (0, 1)),

@@ -52,7 +52,7 @@ esac
 
 stamp=build/ops-$library
 key="$host $cuda ${KOGPT_CUDA_ARCHITECTURES:-} ${KOGPT_CUTLASS_INCLUDE_DIR:-} ${KOGPT_WERROR:-} $({
-    cat pyproject.toml custom_ops/csrc/*
+    cat pyproject.toml kogpt_jax/_version.py custom_ops/csrc/*
     "${CXX:-c++}" --version 2>&1 || true
 } | cksum)"
 target=custom_ops/libkogpt_ops_$library.so

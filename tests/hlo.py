@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -103,14 +104,15 @@ class Module:
         ]
 
 
-def in_place_problems(compiled: jax.stages.Compiled, pages: Sequence[jax.Array]) -> list[str]:
-    """Why a program does not update these arrays (the pages of all layers, of one shape) in place; empty if it does.
+def in_place_problems(compiled: jax.stages.Compiled, cache: Any) -> list[str]:
+    """Why a program does not update these arrays (the pages of all layers, or a tree of them) in place; empty if it
+    does. INT8 pages have two kinds of arrays, values and scales.
 
     The pool should be larger than what a step gathers from it, or temporary memory says nothing.
     """
-    shape, dtype = pages[0].shape, pages[0].dtype
-    letter = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype.name]
-    type_name = f"{letter}[{','.join(map(str, shape))}]"
+    pages = jax.tree.leaves(cache)
+    sizes = {array.size for array in pages}
+    largest = max(pages, key=lambda array: array.size)
     problems = []
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -119,25 +121,30 @@ def in_place_problems(compiled: jax.stages.Compiled, pages: Sequence[jax.Array])
     cache_bytes = sum(array.nbytes for array in pages)
     if memory.alias_size_in_bytes < cache_bytes:
         problems.append(f"{memory.alias_size_in_bytes} bytes are aliased, the cache has {cache_bytes}")
-    if memory.temp_size_in_bytes >= pages[0].nbytes:
-        problems.append(f"{memory.temp_size_in_bytes} temporary bytes, an array of pages has {pages[0].nbytes}")
+    if memory.temp_size_in_bytes >= largest.nbytes:
+        problems.append(f"{memory.temp_size_in_bytes} temporary bytes, an array of pages has {largest.nbytes}")
 
     module = Module.parse(text)
-    aliased = sum(parameter.result.startswith(type_name) for parameter in module.aliased_parameters())
+    type_names = tuple({_type_name(array) for array in pages})
+    aliased = sum(parameter.result.startswith(type_names) for parameter in module.aliased_parameters())
     if aliased != len(pages):
         problems.append(f"{aliased} of {len(pages)} arrays of pages are aliased to an output")
+
+    def may_be_pages(result: str) -> bool:
+        """A copy may have another shape and the same elements, but no smaller one."""
+        return num_elements(result) in sizes or num_elements(result) > largest.size
+
     num_writes = 0
     for instruction in module.running():
         if instruction.opcode == "custom-call" and instruction.result.startswith("("):
             aliased_results = set(map(int, _CALL_ALIAS.findall(instruction.rest)))
             for index, result in enumerate(_ARRAY.findall(instruction.result)):
-                if num_elements(result) >= pages[0].size:
+                if may_be_pages(result):
                     num_writes += index in aliased_results
                     if index not in aliased_results:
                         problems.append(f"custom-call makes {result} ({instruction.name})")
         for maker in module.makers(instruction):
-            # A copy may have another shape and the same elements, but no smaller one.
-            if num_elements(maker.result) < pages[0].size:
+            if not may_be_pages(maker.result):
                 continue
             num_writes += maker.opcode in ("scatter", "dynamic-update-slice")
             if maker.opcode not in _IN_PLACE:
@@ -145,6 +152,12 @@ def in_place_problems(compiled: jax.stages.Compiled, pages: Sequence[jax.Array])
     if num_writes < len(pages):
         problems.append(f"{num_writes} writes into {len(pages)} arrays of pages")
     return problems
+
+
+def _type_name(array: jax.Array) -> str:
+    """As HLO has it: ``f32[12,3,64,16]``."""
+    letter = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "s8"}[array.dtype.name]
+    return f"{letter}[{','.join(map(str, array.shape))}]"
 
 
 def num_elements(result: str) -> int:

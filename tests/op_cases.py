@@ -188,6 +188,22 @@ def decode_attention_oracle(
     case: DecodeAttentionCase, arguments: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(attention's output, k_pages, v_pages) in f64, the pages with the new tokens in."""
+    q, k, v = rotated_qkv(case, arguments)
+    k_pages, v_pages = _as_f64(arguments["k_pages"]).copy(), _as_f64(arguments["v_pages"]).copy()
+    for row, page_ids in enumerate(np.asarray(arguments["page_table"])):
+        length = case.lengths[row]
+        if case.num_new[row]:
+            page, slot = page_ids[length // case.page_len], length % case.page_len
+            k_pages[page, :, slot], v_pages[page, :, slot] = k[row], v[row]
+    out = np.zeros((case.batch, case.heads, case.head_dim))
+    for row in map(int, np.flatnonzero(case.num_new)):
+        keys, values = (keys_of(case, arguments, pages, row) for pages in (k_pages, v_pages))
+        out[row] = np.einsum("ns,nsh->nh", softmax_of(q[row], keys), values)
+    return out.reshape(case.batch, -1), k_pages, v_pages
+
+
+def rotated_qkv(case: DecodeAttentionCase, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k and v in f64, each [batch, heads, head_dim], not rounded."""
     qkv = _as_f64(arguments["qkv"]).reshape(case.batch, 3, case.heads, case.head_dim)
     cos, sin = (_as_f64(table)[:, None] for table in arguments["rotary"])
     q, k, v = (qkv[:, part].copy() for part in range(3))
@@ -195,20 +211,20 @@ def decode_attention_oracle(
         even, odd = head[..., 0 : case.rotary_dim : 2].copy(), head[..., 1 : case.rotary_dim : 2].copy()
         head[..., 0 : case.rotary_dim : 2] = even * cos - odd * sin
         head[..., 1 : case.rotary_dim : 2] = odd * cos + even * sin
-    k_pages, v_pages = _as_f64(arguments["k_pages"]).copy(), _as_f64(arguments["v_pages"]).copy()
-    out = np.zeros((case.batch, case.heads, case.head_dim))
-    for row, page_ids in enumerate(np.asarray(arguments["page_table"])):
-        length = case.lengths[row]
-        if not case.num_new[row]:
-            continue
-        page, slot = page_ids[length // case.page_len], length % case.page_len
-        k_pages[page, :, slot], v_pages[page, :, slot] = k[row], v[row]
-        # [heads, tokens, head_dim]
-        keys, values = (np.concatenate(list(pages[page_ids]), axis=1)[:, : length + 1] for pages in (k_pages, v_pages))
-        scores = np.einsum("nh,nsh->ns", q[row], keys) / np.sqrt(case.head_dim)
-        probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[row] = np.einsum("ns,nsh->nh", probs / probs.sum(axis=-1, keepdims=True), values)
-    return out.reshape(case.batch, -1), k_pages, v_pages
+    return q, k, v
+
+
+def keys_of(case: DecodeAttentionCase, arguments: dict[str, Any], pages: np.ndarray, row: int) -> np.ndarray:
+    """What a row's new token attends to, of these pages: [heads, tokens, head_dim]."""
+    page_ids = np.asarray(arguments["page_table"])[row]
+    return np.concatenate(list(pages[page_ids]), axis=1)[:, : case.lengths[row] + 1]
+
+
+def softmax_of(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Attention's weights of one query: [heads, tokens]."""
+    scores = np.einsum("nh,nsh->ns", q, keys) / np.sqrt(q.shape[-1])
+    probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return probs / probs.sum(axis=-1, keepdims=True)
 
 
 def instruction_sets() -> list[str]:

@@ -19,8 +19,8 @@ import safetensors.numpy
 from kogpt_jax import checkpoint, weight_files
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
-from kogpt_jax.model import ONE_DEVICE, model_def
-from kogpt_jax.sharding import Split, make_mesh
+from kogpt_jax.model import model_def
+from kogpt_jax.sharding import ONE_DEVICE, Split, make_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 

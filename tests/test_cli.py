@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,10 @@ from hash_weights import hash_state_dict, write_checkpoint
 
 import custom_ops
 import kogpt_jax
-from kogpt_jax import KoGPT, SamplingParams, cli, smoothing
+from custom_ops import autotune
+from kogpt_jax import KoGPT, SamplingParams, cli, smoothing, tuning
 from kogpt_jax.config import DTYPES
-from kogpt_jax.ops import describe
+from kogpt_jax.ops import describe, resolve_ops
 
 _ROOT = pathlib.Path(kogpt_jax.__file__).parent.parent
 _SENTENCES = [
@@ -151,13 +153,13 @@ def test_version():
 
 
 def test_help_lists_the_commands():
-    assert set(_commands()) == {"generate", "prompt", "score", "quantize", "eval", "info"}
+    assert set(_commands()) == {"generate", "prompt", "score", "autotune", "quantize", "eval", "info"}
     output = _output("--help")
     assert all(name in output for name in _commands())
     assert "--max-new-tokens" in _output("generate", "-h")
 
 
-@pytest.mark.parametrize("name", ["generate", "prompt", "score", "quantize", "eval perplexity", "info"])
+@pytest.mark.parametrize("name", ["generate", "prompt", "score", "autotune", "quantize", "eval perplexity", "info"])
 def test_every_option_has_help(name):
     command, _, subcommand = name.partition(" ")
     found = _commands()[command]
@@ -180,7 +182,7 @@ def test_defaults_are_those_of_the_api():
         assert {name: own[name] for name in shared} == {name: defaults[name] for name in shared}
 
 
-@pytest.mark.parametrize("name", ["generate", "prompt", "score"])
+@pytest.mark.parametrize("name", ["generate", "prompt", "score", "autotune"])
 def test_dtypes_are_those_of_the_config(name):
     result = _invoke(name, "--dtype", "int4")
     _assert_refused(result, "--dtype", "int4", *DTYPES)
@@ -307,6 +309,9 @@ def test_stats_go_to_stderr(checkpoint):
         assert unit == "tokens/s"
         assert rest == [f"({40 * arguments.count('--prompt')}", "tokens", "in", "all)"]
         assert lines["device"].startswith("cpu")
+        assert lines["device"].endswith(", fp32")
+    stderr = _invoke("generate", *options, "--prompt", "나는", "--kv-dtype", "int8").stderr
+    assert ", fp32, int8 cache\n" in stderr
 
 
 def test_clock_leaves_out_what_may_compile(monkeypatch):
@@ -356,8 +361,9 @@ def test_int8_weights(checkpoint):
         (["--seed", "-1"], ["seed", "-1"]),
         (["--quant", "w4a16"], ["--quant", "w4a16", "w8a16"]),
         (["--implementation", "cudnn"], ["--implementation", "cudnn", "reference"]),
-        (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "leave the option out"]),
-        (["--mesh", "d1p2t1"], ["mesh", "d1p2t1"]),
+        (["--kv-dtype", "fp8"], ["--kv-dtype", "fp8", "int8"]),
+        (["--dtype", "fp32", "--kv-dtype", "bf16"], ["kv_dtype", "bf16", "fp32", "int8"]),
+        (["--mesh", "d1p2t64"], ["mesh", "d1p2t64", "128 devices"]),
         (["--mesh", "2x2"], ["mesh", "2x2"]),
         (["--max-batch-size", "0"], ["--max-batch-size", "0"]),
         (["--input-format", "jsonl"], ["--input-format", "jsonl", "--prompt"]),
@@ -413,7 +419,7 @@ def test_generate_refuses_json_rows(checkpoint, line, named):
     _assert_refused(result, "stdin line 2", *named)
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "prompt", "info"])
+@pytest.mark.parametrize("command", ["generate", "score", "prompt", "autotune", "info"])
 def test_missing_model(tmp_path, command):
     path = tmp_path / "no\nmodel"  # the line feed stays out of the message
     _assert_refused(_invoke(command, "--model", path, stdin="나는\n"), str(tmp_path), "no\\nmodel")
@@ -444,7 +450,9 @@ def test_logits_that_are_not_finite(checkpoint, tmp_path, command):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     for name in ("config.json", "tokenizer.model"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), "not finite", "fp16", code=1)
+    _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), "not finite", "fp16", "--nan-guard", code=1)
+    guarded = _invoke(command, "--model", tmp_path, "--nan-guard", stdin="나는\n")
+    _assert_refused(guarded, "not finite", "w_in of layer 0, in prefill at position", code=1)
 
 
 def test_engine_errors_say_what_prompts_are_counted_from(checkpoint, monkeypatch):
@@ -598,6 +606,114 @@ def test_what_eval_refuses(checkpoint, calibration, arguments, named):
     _assert_refused(result, *named)
 
 
+# -- autotune ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch) -> Iterator[pathlib.Path]:
+    """Where the times of these tests go, which are no other test's."""
+    monkeypatch.setattr(autotune, "_user_folder", tmp_path / "tuned")
+    yield tmp_path / "tuned"
+    autotune._load_table.cache_clear()
+
+
+@pytest.mark.host
+def test_autotune(checkpoint, tuned):
+    """From the model's sizes to a file that a later start takes its choice from."""
+    output = _output("autotune", "--model", checkpoint, "--dtype", "fp32", "--rows", 66, "--rows", 100)
+    header, *lines = output.splitlines()
+    assert header.split()[:5] == ["op", "dtype", "outputs", "K", "rows"]
+    rows = [line.split() for line in lines[:2]]
+    # w_in and w_out of D = 32, F = 64.
+    sizes = [["mixed_gemm", "float32", "160", "32", "128"], ["mixed_gemm", "float32", "32", "96", "128"]]
+    assert [row[:5] for row in rows] == sizes
+    assert all(row[6] == "reference" and row[8] in ("reference", "linear") for row in rows)
+    assert all(0 < float(row[7]) <= float(row[5]) for row in rows)
+    (path,) = tuned.iterdir()
+    assert lines[-1] == f"kept in {path}"
+    table = autotune.load_table("cpu")
+    assert sorted((key.num_outputs, key.k_dim, key.rows) for key in table) == [(32, 96, 128), (160, 32, 128)]
+    assert all({timed.choice.implementation for timed in entry} == {"reference", "linear"} for entry in table.values())
+    config = dataclasses.replace(kogpt_jax.checkpoint.load_config(checkpoint, dtype="fp32"), quant="w8a16")
+    chosen = resolve_ops(config, "auto", platform="cpu")
+    assert lines[2] == f"auto with w8a16 in fp32: {describe(chosen)}"
+    assert lines[3].startswith("auto with w8a8 in fp32: ")
+    (report,) = _records(_output("info", "--json"))
+    assert report["ops"]["timed"]["products"] == 2
+    assert "timed products" in _output("info")
+
+
+@pytest.mark.host
+def test_autotune_says_what_is_wrong_and_takes_the_other(checkpoint, tuned, monkeypatch):
+    """`linear` a tenth too large."""
+    real = kogpt_jax.model._linear_in_groups
+
+    def wrong(*args, **kwargs):
+        y, act = real(*args, **kwargs)
+        return 1.1 * y, act
+
+    monkeypatch.setattr(kogpt_jax.model, "_linear_in_groups", wrong)
+    result = _invoke("autotune", "--model", checkpoint, "--dtype", "fp32", "--rows", "70", "--quant", "w8a16")
+    assert result.exit_code == 0
+    said = result.stderr.splitlines()
+    assert len(said) == 2
+    assert all("mixed_gemm at 128 rows: linear is left out: error 0.1" in line for line in said)
+    table = autotune.load_table("cpu")
+    assert [[timed.choice.implementation for timed in entry] for entry in table.values()] == [["reference"]] * 2
+    assert "INT8 products of prefill and scoring reference" in result.stdout
+
+
+def test_autotune_takes_each_bucket_of_rows_once(monkeypatch):
+    """And one product after the other, whose weights are made once."""
+    monkeypatch.setattr(tuning, "gemm_implementations", lambda config, **_: ("reference", "linear"))
+    configs = tuning.load_configs(None, "kogpt-6b", None, ["w8a16"])
+    problems = tuning.make_problems(configs, [2040, 16, 9, 8192], platform="cpu", num_shards=2)
+    keys = [dataclasses.astuple(problem.key) for problem in problems]
+    sizes = [(14336, 4096), (4096, 10240)]
+    assert keys == [("mixed_gemm", "bfloat16", *size, rows) for size in sizes for rows in (16, 2048, 8192)]
+    assert [(problem.num_plain, problem.act_dim) for problem in problems] == [(6144, 10240)] * 3 + [(None, None)] * 3
+
+
+@pytest.mark.host
+def test_autotune_draws_a_bar_on_a_terminal_only(checkpoint, tuned, monkeypatch, capsys):
+    configs = tuning.load_configs(str(checkpoint), None, "fp32", ["w8a16"])
+    problems = tuning.make_problems(configs, [128], platform="cpu")
+    tuning.tune_products(problems, platform="cpu", progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    tuning.tune_products(problems, platform="cpu", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2/2" in err
+    assert "mixed_gemm float32 160 x 32, 128 rows" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--rows", "0"], ["--rows", "0"]),
+        (["--model", "some", "--shape", "demo"], ["--model some", "--shape demo"]),
+        (["--quant", "w8a8"], ["nothing to measure", "w8a8 in fp16", "cpu"]),
+        (["--shape", "gpt"], ["--shape", "gpt"]),
+        (["--quant", "none"], ["--quant", "none"]),
+        (["--mesh", "4"], ["d1p1t1", "4"]),
+        (["--mesh", "d1p1t3"], ["num_heads", "3 tensor shards"]),
+    ],
+)
+def test_autotune_refuses(arguments, named, tuned):
+    _assert_refused(_invoke("autotune", *arguments), *named)
+    assert not tuned.exists()
+
+
+@pytest.mark.host
+def test_autotune_where_nothing_can_be_written(checkpoint, tuned):
+    tuned.write_text("a file in the folder's place")
+    arguments = ["--model", checkpoint, "--dtype", "fp32", "--rows", "16", "--quant", "w8a16"]
+    _assert_refused(_invoke("autotune", *arguments), "cannot be kept", str(tuned))
+
+
 # -- info -------------------------------------------------------------------------------------------------------------
 
 
@@ -611,7 +727,10 @@ def test_info_json(checkpoint, engine):
     assert report["cache_dir"] == os.environ["KOGPT_CACHE_DIR"]
     assert [library["name"] for library in report["ops"]["libraries"]] == ["host", "cuda"]
     assert report["ops"]["jaxlib_ffi_version"] == list(custom_ops.jaxlib_ffi_version() or ())
-    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8"}
+    assert set(report["ops"]["auto"]) == {"fp32", "fp16", "bf16", "w8a16", "w8a8", "int8 cache"}
+    device = autotune.find_device("cpu")
+    timed = None if device is None else {"device": device.name, "products": len(autotune.load_table("cpu"))}
+    assert report["ops"]["timed"] == timed
     assert report["ops"]["auto"]["fp32"] == describe(engine.ops)
     kept = report["quantized_cache"]
     assert pathlib.Path(kept["directory"]).parent == pathlib.Path(report["cache_dir"])
@@ -630,7 +749,12 @@ def test_info_json(checkpoint, engine):
         "w8a16": num_int8 + 4 * num_scales + 2 * (num_params - num_int8),
     }
     # Keys and values of 32 numbers a token in the only layer.
-    assert model["kv_cache_bytes_per_row"] == {"fp32": 256 * _MAX_LEN, "fp16": 128 * _MAX_LEN, "bf16": 128 * _MAX_LEN}
+    assert model["kv_cache_bytes_per_row"] == {
+        "fp32": 256 * _MAX_LEN,
+        "fp16": 128 * _MAX_LEN,
+        "bf16": 128 * _MAX_LEN,
+        "int8": (64 + 4 * 4) * _MAX_LEN,  # and scales of two heads
+    }
     assert model["config"] == json.loads(json.dumps(dataclasses.asdict(engine.config)))
     assert model["tokenizer"]["file"] == str(checkpoint / "tokenizer.model")
     assert model["tokenizer"]["special_ids"] == {"bos": 0, "eos": 1, "unk": 2, "pad": 3, "mask": None}

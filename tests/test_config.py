@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from small_model import unchecked_types
 
@@ -223,3 +224,16 @@ def test_a_wrong_generation_config_is_named(tmp_path):
     write_json(tmp_path / "generation_config.json", {"eos_token_id": "[EOS]"})
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id must hold integers"):
         ModelConfig.from_hf_dir(tmp_path)
+
+
+def test_kv_dtype():
+    """The model's own dtype has one name, so that equal models are equal."""
+    same = dataclasses.replace(SMALL, dtype="fp16", kv_dtype="fp16")
+    assert same == dataclasses.replace(SMALL, dtype="fp16")
+    assert same.kv_dtype is None
+    assert same.cache_dtype == np.float16
+    assert dataclasses.replace(same, dtype="fp32").cache_dtype == np.float32
+    assert dataclasses.replace(SMALL, kv_dtype="int8").cache_dtype == np.int8
+    for kv_dtype in ("fp32", "fp8", ""):
+        with pytest.raises(InputError, match=f"kv_dtype must be fp16 .the model's dtype. or int8, got '{kv_dtype}'"):
+            dataclasses.replace(same, kv_dtype=kv_dtype)

@@ -57,8 +57,9 @@ class Call:
 
 
 def make_call(engine: KoGPT, phase: str) -> Call:
-    """Arguments over a pool eight times as large as what the rows use, so that one copy of it shows."""
-    cache = kv_cache.make_kv_cache(engine.config, engine.mesh, 8 * BATCH, engine.config.max_len)
+    """Arguments over a pool many times as large as what the rows use, so that one copy of it shows."""
+    times = 8 if engine.config.kv_dtype is None else 32
+    cache = kv_cache.make_kv_cache(engine.config, engine.mesh, times * BATCH, engine.config.max_len)
     cache = dataclasses.replace(cache, page_table=cache.page_table[:BATCH], lengths=cache.lengths[:BATCH])
     static: dict[str, Any] = dict(engine._static)
     args: tuple[Any, ...]
@@ -84,20 +85,33 @@ def call(request: pytest.FixtureRequest, engine: KoGPT) -> Call:
     return make_call(engine, request.param)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode_loop"])
+def test_an_int8_cache_is_updated_in_place(phase):
+    call = make_call(KoGPT.from_random(dataclasses.replace(CONFIG, kv_dtype="int8")), phase)
+    compiled = call.donating.lower(*call.args, **call.static).compile()
+    pages = (call.cache.k, call.cache.v)
+    assert len(jax.tree.leaves(pages)) == 4 * CONFIG.num_layers  # values and scales
+    assert hlo.in_place_problems(compiled, pages) == []
+    compiled = call.keeping.lower(*call.args, **call.static).compile()
+    copied = [problem.split()[2] for problem in hlo.in_place_problems(compiled, pages) if "copy makes" in problem]
+    assert sum(result.startswith("s8[385,3,64,16]") for result in copied) == 2 * CONFIG.num_layers
+    assert sum(result.startswith("f32[385,3,64,1]") for result in copied) == 2 * CONFIG.num_layers
+
+
 def test_the_cache_is_updated_in_place(call):
     compiled = call.donating.lower(*call.args, **call.static).compile()
-    assert hlo.in_place_problems(compiled, (*call.cache.k, *call.cache.v)) == []
+    assert hlo.in_place_problems(compiled, (call.cache.k, call.cache.v)) == []
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("quant", ["none", "w8a16"])
-def test_the_kernels_update_the_cache_in_place(quant):
+@pytest.mark.parametrize(("quant", "kv_dtype"), [("none", None), ("w8a16", None), ("none", "int8")])
+def test_the_kernels_update_the_cache_in_place(quant, kv_dtype):
     """Likewise the semaphores: the loop copies neither."""
     dtype: Dtype = "fp32" if jax.default_backend() == "cpu" else "bf16"
-    config = dataclasses.replace(KERNEL_CONFIG, dtype=dtype, quant=quant)
+    config = dataclasses.replace(KERNEL_CONFIG, dtype=dtype, quant=quant, kv_dtype=kv_dtype)
     call = make_call(KoGPT.from_random(config, implementation="ffi"), "decode_loop")
     compiled = call.donating.lower(*call.args, **call.static).compile()
-    assert hlo.in_place_problems(compiled, (*call.cache.k, *call.cache.v)) == []
+    assert hlo.in_place_problems(compiled, (call.cache.k, call.cache.v)) == []
     module = hlo.Module.parse(compiled.as_text())
     copied = [instruction.result for instruction in module.running() if instruction.opcode.startswith("copy")]
     assert not any(result.startswith("s32[65536]") for result in copied)
@@ -109,7 +123,7 @@ def test_the_kernels_update_the_cache_in_place(quant):
 def test_without_donation_it_is_not(call):
     """The check above fails where ``donate_argnames`` is removed: nothing is aliased, and each array is copied."""
     compiled = call.keeping.lower(*call.args, **call.static).compile()
-    problems = hlo.in_place_problems(compiled, (*call.cache.k, *call.cache.v))
+    problems = hlo.in_place_problems(compiled, (call.cache.k, call.cache.v))
     num_arrays = 2 * CONFIG.num_layers
     assert f"0 bytes are aliased, the cache has {sum(x.nbytes for x in (*call.cache.k, *call.cache.v))}" in problems
     assert f"0 of {num_arrays} arrays of pages are aliased to an output" in problems
@@ -160,20 +174,21 @@ def test_donated_buffers_are_gone_after_a_call(engine):
     """Whoever holds on to a cache that a phase was given cannot read it by mistake."""
     call = make_call(engine, "prefill")
     cache, last_hidden = call.donating(*call.args, **call.static)
-    assert all(pages.is_deleted() for pages in (*call.cache.k, *call.cache.v))
-    addresses = [pages.unsafe_buffer_pointer() for pages in (*cache.k, *cache.v)]
+    assert all(pages.is_deleted() for pages in jax.tree.leaves((call.cache.k, call.cache.v)))
+    addresses = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves((cache.k, cache.v))]
     rows, ones = RowSampling.from_params([SamplingParams(seed=0)] * BATCH), jnp.ones(BATCH, jnp.int32)
     state, emitted = decoding.start_decode(
         engine.leaves, cache, last_hidden, ones, jnp.zeros(BATCH, bool), rows, **call.static
     )
-    assert all(pages.is_deleted() for pages in (*cache.k, *cache.v))
+    assert all(pages.is_deleted() for pages in jax.tree.leaves((cache.k, cache.v)))
     next_state, _ = decoding.decode_loop(engine.leaves, state, num_steps=STEPS_PER_CHUNK, **call.static)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert [pages.unsafe_buffer_pointer() for pages in (*next_state.cache.k, *next_state.cache.v)] == addresses
+    next_pages = jax.tree.leaves((next_state.cache.k, next_state.cache.v))
+    assert [pages.unsafe_buffer_pointer() for pages in next_pages] == addresses
     assert not emitted.tokens.is_deleted()
     assert not any(leaf.is_deleted() for leaf in engine.leaves)
     with pytest.raises(RuntimeError, match="deleted"):
-        np.asarray(state.cache.k[0])
+        np.asarray(jax.tree.leaves(state.cache)[0])
 
 
 # -- Chunks and early exit --------------------------------------------------------------------------------------------

@@ -349,8 +349,8 @@ def test_bad_arguments_of_loading_are_refused_by_name(directory):
     refused: list[dict[str, Any]] = [
         {"quant": "w4"},
         {"implementation": "cudnn"},
-        {"kv_dtype": "int8"},
-        {"mesh": "d1p2t1"},
+        {"kv_dtype": "fp8"},
+        {"kv_dtype": "bf16"},  # not the model's
         {"mesh": "big"},
         {"dtype": "fp8"},
     ]

@@ -73,7 +73,7 @@ def test_mixed_gemm_is_linear():
         ({"gelu_from": 24}, r"gelu_from must be in \[0, 24\), the outputs of weight, got 24"),
         ({"act_dim": 15}, "act_dim must be at least 16, GELU's outputs, got 15"),
         ({"gelu_from": None, "bias": jnp.ones(24, BF16)}, "act_dim must be None without gelu_from, got 20"),
-        ({"tile": 0}, 'tile must be -1 with implementation "reference", got 0'),
+        ({"tile": 0}, 'tile must be None with implementation "reference", got 0'),
         ({"implementation": "auto"}, "implementation must be 'reference' or 'ffi', got 'auto'"),
     ],
 )

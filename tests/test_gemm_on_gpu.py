@@ -2,8 +2,6 @@
 depend on anything."""
 
 import dataclasses
-import pathlib
-import re
 
 import gemm_cases
 import jax
@@ -23,13 +21,9 @@ __all__ = ["test_int8_sums_are_exact", "test_reference_against_f64"]
 pytestmark = pytest.mark.gpu
 
 
-def num_tiles(op):
-    """As csrc/tile_sizes.h lists them."""
-    header = pathlib.Path(custom_ops.__file__).with_name("csrc") / "tile_sizes.h"
-    table = {"int8_gemm": "kInt8Tiles", "mixed_gemm": "kMixedTiles"}[op]
-    match = re.search(rf"{table}\[\] = \{{(.*?)\n\}};", header.read_text(encoding="utf-8"), re.DOTALL)
-    assert match
-    return match[1].count("TileShape::")
+def tiles(op):
+    """Names of the ways to cut a product that the library has for this GPU."""
+    return custom_ops.library_info()[1].tiles[op]
 
 
 def jitted(op, case, **options):
@@ -63,8 +57,9 @@ def test_error_is_at_most_twice_the_references(op, case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.outputs % 8 == 0], ids=case_id)
 def test_every_tile_gives_the_same_bits(op, case):
     arguments = gemm_arguments(op, case)
-    expected = jitted(op, case)(arguments)
-    for tile in range(num_tiles(op)):
+    expected = jitted(op, case, tile=-1)(arguments)
+    assert len(set(tiles(op))) == len(tiles(op)) > 0
+    for tile in range(len(tiles(op))):
         run = jitted(op, case, tile=tile)
         run(gemm_cases.poison(arguments))
         jax.tree.map(np.testing.assert_array_equal, run(arguments), expected)
@@ -147,11 +142,22 @@ def test_what_the_kernels_do_not_support_is_refused_by_name(op, case, options, m
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("tile", [-2, 99])
+@pytest.mark.parametrize("tile", [-2, "the first that is not there", 99])
 def test_a_tile_that_is_not_there_is_refused(op, tile):
     case = GemmCase(3, 8, 16)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="tile must be -1 or an index of tile_sizes.h"):
-        jax.block_until_ready(jitted(op, case, tile=tile)(gemm_arguments(op, case)))
+    index = tile if isinstance(tile, int) else len(tiles(op))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="tile must be -1 or an index of the device's tiles"):
+        jax.block_until_ready(jitted(op, case, tile=index)(gemm_arguments(op, case)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_odd_sizes_take_every_tile(op):
+    """Hopper's kernels do not take them; what does has one way, whichever tile it is told."""
+    case = GemmCase(70, 99, 48, bias=True)
+    arguments = gemm_arguments(op, case)
+    expected = jitted(op, case, tile=-1)(arguments)
+    for tile in range(len(tiles(op))):
+        jax.tree.map(np.testing.assert_array_equal, jitted(op, case, tile=tile)(arguments), expected)
 
 
 def test_the_ops_can_be_used():

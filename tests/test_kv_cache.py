@@ -11,14 +11,16 @@ import small_model
 import tolerances
 from small_model import CONFIG, greedy, prompt
 
+from custom_ops import QuantizedArray
 from custom_ops.pages import append as append_tokens
 from custom_ops.pages import gather as gather_pages
 from custom_ops.pages import valid_tokens
 from kogpt_jax import KoGPT, decoding, kv_cache, packing
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.kv_cache import PAGE_LEN, KVCache
-from kogpt_jax.sharding import make_mesh
+from kogpt_jax.sharding import Split, make_mesh
 
+INT8_CONFIG = dataclasses.replace(CONFIG, kv_dtype="int8")
 append = jax.jit(append_tokens)
 gather = jax.jit(gather_pages)
 
@@ -113,9 +115,20 @@ def test_a_new_cache_gives_each_row_pages_of_its_own():
         assert pages.dtype == CONFIG.jax_dtype
 
 
-def test_specs_have_the_structure_of_a_cache():
-    cache = kv_cache.make_kv_cache(CONFIG, make_mesh(), 2, 64)
-    specs = kv_cache.cache_specs(CONFIG.num_layers)
+def test_a_new_int8_cache_has_a_scale_a_token_and_head():
+    cache = kv_cache.make_kv_cache(INT8_CONFIG, make_mesh(), 3, 130)
+    for pages in (*cache.k, *cache.v):
+        assert isinstance(pages, QuantizedArray)
+        assert pages.qvalue.shape == (10, CONFIG.num_heads, PAGE_LEN, CONFIG.head_dim)
+        assert pages.scale.shape == (10, CONFIG.num_heads, PAGE_LEN, 1)
+        assert (pages.qvalue.dtype, pages.scale.dtype) == (jnp.int8, jnp.float32)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_specs_have_the_structure_of_a_cache(kv_dtype):
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
+    cache = kv_cache.make_kv_cache(config, make_mesh(), 2, 64)
+    specs = kv_cache.cache_specs(config, CONFIG.num_layers)
     spec_leaves, structure = jax.tree.flatten(specs, is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
     array_leaves, cache_structure = jax.tree.flatten(cache)
     assert (structure,) == (cache_structure,)
@@ -125,23 +138,30 @@ def test_specs_have_the_structure_of_a_cache():
 
 def cache_bytes(config: ModelConfig, batch: int, max_len: int) -> int:
     cache = jax.eval_shape(lambda: kv_cache.make_kv_cache(config, make_mesh(), batch, max_len))
-    return sum(pages.size * pages.dtype.itemsize for pages in (*cache.k, *cache.v))
+    return sum(pages.size * pages.dtype.itemsize for pages in jax.tree.leaves((cache.k, cache.v)))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("fp32", None), ("fp16", "fp16"), ("bf16", None), ("bf16", "int8")])
 @pytest.mark.parametrize("max_len", [1, 63, 64, 65, 128, 150])
-def test_bytes_per_row_are_those_of_the_arrays(dtype, max_len):
-    config = dataclasses.replace(CONFIG, dtype=dtype)
+def test_bytes_per_row_are_those_of_the_arrays(dtype, kv_dtype, max_len):
+    config = dataclasses.replace(CONFIG, dtype=dtype, kv_dtype=kv_dtype)
     per_row = kv_cache.cache_bytes_per_row(config, max_len)
     assert cache_bytes(config, 5, max_len) - cache_bytes(config, 2, max_len) == 3 * per_row
-    scratch_bytes = 2 * config.num_layers * PAGE_LEN * config.model_dim * config.jax_dtype.itemsize
+    head_bytes = CONFIG.head_dim + 4 if kv_dtype == "int8" else CONFIG.head_dim * config.jax_dtype.itemsize
+    scratch_bytes = 2 * config.num_layers * PAGE_LEN * config.num_heads * head_bytes
     assert cache_bytes(config, 2, max_len) == 2 * per_row + scratch_bytes
+    split = Split(num_stages=2, num_shards=3)
+    assert kv_cache.cache_bytes_per_row(config, max_len, split) == per_row // 6
+    assert kv_cache.cache_bytes_per_row(dataclasses.replace(config, num_layers=3), max_len, split) == per_row // 3
     assert kv_cache.pages_per_row(max_len) == {1: 1, 63: 1, 64: 1, 65: 2, 128: 2, 150: 3}[max_len]
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> KoGPT:
-    return small_model.load(tmp_path_factory.mktemp("small"))
+@pytest.fixture(scope="module", params=[None, "int8"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> KoGPT:
+    engine = small_model.load(tmp_path_factory.mktemp("small"))
+    if request.param is None:
+        return engine
+    return KoGPT(dataclasses.replace(engine.config, kv_dtype=request.param), engine.leaves, engine.mesh)
 
 
 PROMPTS = [prompt(length) for length in (62, 1, 63, 64, 65, 127, 128, 129)]
@@ -166,8 +186,10 @@ def with_cache(monkeypatch: pytest.MonkeyPatch, change) -> None:
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])
 def test_what_a_page_holds_before_a_token_is_written_reaches_no_result(engine, expected, monkeypatch, poison):
     def fill(cache: KVCache) -> KVCache:
-        k, v = (tuple(jnp.full_like(pages, poison) for pages in side) for side in (cache.k, cache.v))
-        return dataclasses.replace(cache, k=k, v=v)
+        def poisoned(pages: jax.Array) -> jax.Array:
+            return jnp.full_like(pages, -128 if pages.dtype == jnp.int8 else poison)  # of an INT8 cache the scales
+
+        return dataclasses.replace(cache, **{side: jax.tree.map(poisoned, getattr(cache, side)) for side in ("k", "v")})
 
     with_cache(monkeypatch, fill)
     assert engine.generate_ids(PROMPTS, PARAMS) == expected  # log-probabilities bit for bit
@@ -193,8 +215,8 @@ def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
     states: list[decoding.DecodeState] = []
 
     def mark(cache: KVCache) -> KVCache:
-        marked = tuple(jnp.full_like(pages, marker) for pages in cache.k)
-        return dataclasses.replace(cache, k=marked, v=tuple(jnp.copy(pages) for pages in marked))
+        marked = jax.tree.map(lambda pages: jnp.full_like(pages, marker), cache.k)
+        return dataclasses.replace(cache, k=marked, v=jax.tree.map(jnp.copy, marked))
 
     def watched(*args, **static):
         state, emitted = decode_loop(*args, **static)
@@ -216,7 +238,7 @@ def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
     for page_ids, length in zip(np.asarray(cache.page_table), num_cached, strict=True):
         for j in range(length):
             is_written[page_ids[j // PAGE_LEN], j % PAGE_LEN] = True
-    for pages in (*cache.k, *cache.v):
+    for pages in jax.tree.leaves((cache.k, cache.v)):
         holds_marker = np.all(np.asarray(pages) == marker, axis=(1, 3))
         np.testing.assert_array_equal(~holds_marker[:-1], is_written[:-1])
 
@@ -239,8 +261,9 @@ def test_tokens_behind_the_prompts_do_not_matter(engine, expected, monkeypatch):
 def test_decoding_over_pages_is_the_forward_over_the_whole_text(engine, expected):
     """Rows whose prompts end just before, at and behind a page's border, and cross it while decoding."""
     texts = [(*row, *completion.token_ids) for row, completion in zip(PROMPTS, expected, strict=True)]
+    tolerance = tolerances.CACHED_VS_WHOLE["fp32"]
+    if engine.config.kv_dtype == "int8":
+        tolerance = tolerances.CACHED_VS_WHOLE_INT8
     for row, score, completion in zip(PROMPTS, engine.score_ids(texts), expected, strict=True):
         assert len(completion.token_ids) == 12
-        tolerances.assert_close(
-            completion.logprobs, score.logprobs[len(row) :], tolerances.CACHED_VS_WHOLE["fp32"], f"prompt of {len(row)}"
-        )
+        tolerances.assert_close(completion.logprobs, score.logprobs[len(row) :], tolerance, f"prompt of {len(row)}")

@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import custom_ops
+import kogpt_jax
 from custom_ops import _library
 
 # -- Does it fit? -----------------------------------------------------------------------------------------------------
@@ -80,6 +82,8 @@ class FakeLibrary(ctypes.CDLL):
     def __init__(self, path):
         self.KogptOpsCudaArchitectures = lambda: b""
         self.KogptOpsCompilers = lambda: b"GNU 1.2"
+        self.KogptOpsVersion = lambda: b"1.2.3"
+        self.KogptOpsSourceHash = lambda: b"0123456789abcdef"
 
     def KogptOpsFfiVersion(self, major, minor):
         major._obj.value, minor._obj.value = 0, 9
@@ -107,6 +111,7 @@ def test_a_library_for_a_newer_ffi_is_refused_before_it_is_registered(folder, mo
     info = load_anew("cpu")
     assert info.ffi_version == (0, 9)
     assert info.compilers == ("GNU 1.2",)
+    assert (info.version, info.source_hash) == ("1.2.3", "0123456789abcdef")
     for part in ("0.9", "jaxlib " + importlib.metadata.version("jaxlib"), "newer jaxlib"):
         assert part in info.problem
     assert registered == []
@@ -131,6 +136,28 @@ print(jax.jit(lambda x: x + 1)(jnp.float32(1)))
     assert "version 0." in lines[0]
     assert "has 0.1" in lines[1]
     assert lines[2] == "2.0"
+
+
+def test_tiles_are_those_of_the_machines_gpu(monkeypatch):
+    """Asked of the library by op and compute capability, and of no one else."""
+    library = FakeLibrary("")
+    library.KogptOpsCudaArchitectures = lambda: b"90a-real"
+
+    def machine(driver, runtime, capability):
+        driver._obj.value, runtime._obj.value, capability._obj.value = 13000, 13000, 90
+
+    monkeypatch.setattr(library, "KogptOpsCudaMachine", machine, raising=False)
+    monkeypatch.setattr(_library, "jaxlib_ffi_version", lambda: (0, 9))
+    read = ("cuda", pathlib.Path("fake.so"), library)
+    assert _library._read_info(*read).tiles == {}  # without CUTLASS's headers
+
+    def tiles(op, capability):
+        return b"128x256 swizzle 1," + op + b" %d" % capability.value
+
+    monkeypatch.setattr(library, "KogptOpsGemmTiles", tiles, raising=False)
+    info = _library._read_info(*read)
+    assert info.problem is None
+    assert info.tiles == {op: ("128x256 swizzle 1", f"{op} 90") for op in ("int8_gemm", "mixed_gemm")}
 
 
 def test_a_file_that_is_no_library_is_named(folder):
@@ -177,6 +204,9 @@ def test_library_info():
     assert (host.name, host.problem, host.architectures) == ("host", None, ())
     assert pathlib.Path(str(host.path)).is_file()
     assert host.compilers
+    assert host.version == kogpt_jax.__version__
+    assert re.fullmatch("[0-9a-f]{16}", str(host.source_hash))
+    assert not host.tiles
     assert cuda.name == "cuda"
 
 
@@ -228,7 +258,9 @@ def make_operands(target):
             "cos": (f32, 2, 16),
             "sin": (f32, 2, 16),
             "k_pages": (bf16, 5, 2, 16, 64),
+            "k_scales": (f32, 0),
             "v_pages": (bf16, 5, 2, 16, 64),
+            "v_scales": (f32, 0),
             "page_table": (i32, 2, 2),
             "lengths": (i32, 2),
             "num_new": (i32, 2),
@@ -236,7 +268,9 @@ def make_operands(target):
             "semaphores": (i32, custom_ops.NUM_SEMAPHORES),
             "result act": (bf16, 2, 160),
             "result k_pages": (bf16, 5, 2, 16, 64),
+            "result k_scales": (f32, 0),
             "result v_pages": (bf16, 5, 2, 16, 64),
+            "result v_scales": (f32, 0),
             "result partials": (f32, 2 * 2 * 66),
             "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
         },
@@ -272,6 +306,19 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "kogpt_prefill_attention": {"max_new": np.int64(70)},
 }
 TARGETS = ["kogpt_linear", "kogpt_decode_attention"]  # of both libraries
+
+
+def make_int8_operands():
+    """Of `decode_attention` over INT8 pages, which the Host library alone takes."""
+    operands = make_operands("kogpt_decode_attention")
+    for name in operands:
+        if name.endswith("_pages"):
+            operands[name] = operands[name].astype(jnp.int8)
+        elif name.endswith("_scales"):
+            operands[name] = jnp.ones((5, 2, 16, 1))
+    return operands
+
+
 # Of an aliased pair XLA checks that both are alike, so they are changed together, under the argument's name.
 OPERANDS = [
     (target, name) for target in TARGETS for name in make_operands(target) if name not in ALIASES[target].values()
@@ -386,6 +433,36 @@ def test_gelu_from_beyond_the_outputs_is_refused(gelu_from):
 @pytest.mark.parametrize(("target", "name"), [(target, name) for target in TARGETS for name in ALIASES[target]])
 def test_what_is_updated_in_place_must_be_aliased(target, name):
     assert_refused(target, make_operands(target), f"{target}: {name} must be aliased", without_alias=name)
+
+
+INT8_ALIASES = {"k_scales": "result k_scales", "v_scales": "result v_scales"}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["k_pages", "k_scales", "v_pages", "v_scales"])
+def test_an_int8_cache_that_does_not_fit_is_refused(name, monkeypatch):
+    target = "kogpt_decode_attention"
+    # Pages in bf16 have no scales.
+    if name.endswith("_scales"):
+        operands = make_operands(target)
+        scales = {each: jnp.ones((5, 2, 16, 1)) for each in (name, f"result {name}")}
+        assert_refused(target, operands | scales, f"{target}: {name} must have shape [0], got [5, 2, 16, 1]")
+    monkeypatch.setitem(ALIASES, target, ALIASES[target] | INT8_ALIASES)
+    operands = make_int8_operands()
+    assert not call(target, operands)[-1].any()
+    changes = {
+        "must have dtype": lambda value: value.astype(jnp.int16),
+        "must have ": lambda value: value[None],
+        "must have shape": lambda value: jnp.repeat(value, 2, 3),
+    }
+    for message, change in changes.items():
+        changed = {each: change(operands[each]) for each in (name, f"result {name}")}
+        blamed = "qkv" if name == "k_pages" and message == "must have shape" else name  # k_pages say what head_dim is
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: {blamed} {message}"):
+            call(target, operands | changed)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: {name} must be aliased"):
+        call(target, operands, without_alias=name)
+    assert not call(target, operands)[-1].any()  # the process lives, and so does the op
 
 
 @pytest.mark.host

@@ -272,7 +272,7 @@ def test_the_cache_is_updated_in_place_on_a_mesh(directory):
     engine = KoGPT.from_pretrained(directory, dtype="fp32", mesh="d2p1t2")
     call = make_call(engine, "decode_loop")
     compiled = call.donating.lower(*call.args, **call.static).compile()
-    local = [pages.addressable_data(0) for pages in (*call.cache.k, *call.cache.v)]
+    local = [pages.addressable_data(0) for pages in jax.tree.leaves((call.cache.k, call.cache.v))]
     assert local[0].shape == (4 * 8 // 2 * 3 + 1, WIDE.num_heads // 2, 64, WIDE.head_dim)
     assert hlo.in_place_problems(compiled, local) == []
 

@@ -11,7 +11,7 @@ import small_model
 import tolerances
 from small_model import KERNEL_CONFIG, greedy, prompt
 
-from custom_ops import MAX_ROWS, make_semaphores, pages
+from custom_ops import MAX_ROWS, _library, make_semaphores, pages
 from kogpt_jax import KoGPT, decoding, kv_cache, ops
 from kogpt_jax.config import Dtype, Implementation, OpsConfig
 from kogpt_jax.decoding import DecodeState
@@ -69,6 +69,21 @@ def test_auto_goes_op_by_op(monkeypatch):
     with pytest.raises(InputError) as caught:
         resolve_ops(QUANTIZED, "ffi", platform="gpu")
     assert str(caught.value) == "implementation 'ffi' cannot be used for decode_attention: head_dim must be 64"
+
+
+def test_an_int8_cache_has_no_kernels_for_gpus_yet(monkeypatch):
+    """Where there is a CUDA library: "auto" says so, "ffi" is refused."""
+    monkeypatch.setattr(_library, "load", lambda platform: _library.LibraryInfo("cuda", problem=None))
+    for config in (KERNEL_CONFIG, QUANTIZED, W8A8):
+        config = dataclasses.replace(config, kv_dtype="int8", dtype="bf16")
+        found = resolve_ops(config, "auto", platform="gpu")
+        assert (found.decode_attention, found.prefill_attention, found.linear) == ("reference", "reference", "ffi")
+        assert "decode_attention reference, prefill_attention reference" in describe(found)
+        with pytest.raises(InputError) as caught:
+            resolve_ops(config, "ffi", platform="gpu")
+        message = "cannot be used for decode_attention: the CUDA kernels do not support an INT8 cache yet"
+        assert str(caught.value) == f"implementation 'ffi' {message}"
+        assert resolve_ops(config, "ffi", platform="cpu").decode_attention == "ffi"
 
 
 @pytest.mark.host

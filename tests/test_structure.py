@@ -28,6 +28,7 @@ ORDER = (
     "packing",
     "vocabulary",
     "kv_cache",
+    "nan_guard",
     "ops",
     "quantize",
     "model",
@@ -49,6 +50,7 @@ ORDER = (
     "",  # the package itself, which re-exports
     "text_rows",
     "evaluation",
+    "tuning",
     "info",
     "cli",
     "__main__",

@@ -71,6 +71,9 @@ const char* CheckDecodeAttention(const DecodeAttentionParams& params) {
       params.act == nullptr) {
     return "qkv, the pages, page_table, lengths, num_new and act must be there";
   }
+  if ((params.k_scales == nullptr) != (params.v_scales == nullptr)) {
+    return "k_pages and v_pages must both have scales or neither";
+  }
   if (params.rotary_dim > 0 && (params.cos == nullptr || params.sin == nullptr)) {
     return "cos and sin must be there when rotary_dim is not 0";
   }

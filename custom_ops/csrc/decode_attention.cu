@@ -417,6 +417,9 @@ const char* LaunchDecodeAttention(const DecodeAttentionParams& params, void* str
   if (params.batch * params.num_heads >= kNumSemaphores) {
     return "decode_attention on CUDA takes at most 65535 heads in a batch";
   }
+  if (params.k_scales != nullptr) {
+    return "an INT8 cache is not supported by the CUDA kernels yet";
+  }
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (params.dtype) {
     case DataType::kFloat16:

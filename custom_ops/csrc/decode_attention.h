@@ -18,6 +18,8 @@ namespace kogpt {
 //   k and v are written to the row's page page_table[b, p / page_len] at offset p % page_len
 //   act[b, n * head_dim + h] = sum_j softmax_j(q . k_j / sqrt(head_dim)) v_jh over j = 0 .. p
 //         softmax in f32
+// INT8 pages hold k and v as integers in [-127, 127] with an f32 scale a token and head, max |.| / 127
+// of the head (1 for zeros), and k_j and v_j are integer times scale, those of the new token too.
 // A row with num_new[b] = 0 leaves the cache as it is and gets zeros.
 struct DecodeAttentionParams {
   int64_t batch;
@@ -28,13 +30,15 @@ struct DecodeAttentionParams {
   int64_t max_pages;   // pages in a row of the table
   int64_t rotary_dim;  // even, at most head_dim; may be 0
   int64_t act_dim;     // row length of `act`, at least num_heads * head_dim
-  DataType dtype;      // of qkv, the pages and act
+  DataType dtype;      // of qkv and act, and of the pages if these have no scales
 
   const void* qkv;            // [batch, 3, num_heads, head_dim]
   const float* cos;           // [batch, rotary_dim / 2]
   const float* sin;           // [batch, rotary_dim / 2]
   void* k_pages;              // [num_pages, num_heads, page_len, head_dim], updated in place
   void* v_pages;              // likewise
+  float* k_scales;            // [num_pages, num_heads, page_len] of INT8 pages, else null; likewise
+  float* v_scales;            // likewise; Host only
   const int32_t* page_table;  // [batch, max_pages]
   const int32_t* lengths;     // [batch] tokens in the cache before this one
   const int32_t* num_new;     // [batch] 0 or 1

@@ -9,20 +9,23 @@ namespace kogpt {
 namespace {
 
 ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer sin,
-                               Buffer k_pages, Buffer v_pages, Buffer page_table, Buffer lengths,
-                               Buffer num_new, Buffer act, Buffer semaphores, ResultBuffer act_out,
-                               ResultBuffer k_pages_out, ResultBuffer v_pages_out,
-                               ResultBuffer partials, ResultBuffer semaphores_out,
-                               bool prefetch_cache) {
+                               Buffer k_pages, Buffer k_scales, Buffer v_pages, Buffer v_scales,
+                               Buffer page_table, Buffer lengths, Buffer num_new, Buffer act,
+                               Buffer semaphores, ResultBuffer act_out, ResultBuffer k_pages_out,
+                               ResultBuffer k_scales_out, ResultBuffer v_pages_out,
+                               ResultBuffer v_scales_out, ResultBuffer partials,
+                               ResultBuffer semaphores_out, bool prefetch_cache) {
   Checks check("kogpt_decode_attention");
-  check.Dtype("k_pages", k_pages, {ffi::F32, ffi::F16, ffi::BF16});
+  check.Dtype("qkv", qkv, {ffi::F32, ffi::F16, ffi::BF16});
   check.Rank("k_pages", k_pages, 4);
   check.Rank("page_table", page_table, 2);
   check.Rank("cos", cos, 2);
   check.Rank("act", act, 2);
   if (check.failed()) return check.error();
 
-  const ffi::DataType dtype = k_pages.element_type();
+  const ffi::DataType dtype = qkv.element_type();
+  const ffi::DataType pages_dtype = k_pages.element_type();
+  const bool is_int8 = pages_dtype == ffi::S8;
   const int64_t num_pages = k_pages.dimensions()[0];
   const int64_t num_heads = k_pages.dimensions()[1];
   const int64_t page_len = k_pages.dimensions()[2];
@@ -32,14 +35,25 @@ ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer
   const int64_t half_rotary_dim = cos.dimensions()[1];
   const int64_t act_dim = act.dimensions()[1];
 
-  check.Dtype("qkv", qkv, {dtype});
+  check.Dtype("k_pages", k_pages, {dtype, ffi::S8});
   check.Shape("qkv", qkv, {batch, 3 * num_heads * head_dim});
   check.Dtype("cos", cos, {ffi::F32});
   check.Shape("cos", cos, {batch, half_rotary_dim});
   check.Dtype("sin", sin, {ffi::F32});
   check.Shape("sin", sin, {batch, half_rotary_dim});
-  check.Dtype("v_pages", v_pages, {dtype});
+  check.Dtype("v_pages", v_pages, {pages_dtype});
   check.Shape("v_pages", v_pages, {num_pages, num_heads, page_len, head_dim});
+  // A scale a token and head, or the shape [0].
+  const auto check_scales = [&](const char* name, const Buffer& scales) {
+    check.Dtype(name, scales, {ffi::F32});
+    if (is_int8) {
+      check.Shape(name, scales, {num_pages, num_heads, page_len, 1});
+    } else {
+      check.Shape(name, scales, {0});
+    }
+  };
+  check_scales("k_scales", k_scales);
+  check_scales("v_scales", v_scales);
   check.Dtype("page_table", page_table, {ffi::S32});
   check.Dtype("lengths", lengths, {ffi::S32});
   check.Shape("lengths", lengths, {batch});
@@ -53,12 +67,18 @@ ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer
   check.Dtype("result act", *act_out, {dtype});
   check.Shape("result act", *act_out, {batch, act_dim});
   check.Aliased("act", act, *act_out);
-  check.Dtype("result k_pages", *k_pages_out, {dtype});
+  check.Dtype("result k_pages", *k_pages_out, {pages_dtype});
   check.Shape("result k_pages", *k_pages_out, {num_pages, num_heads, page_len, head_dim});
   check.Aliased("k_pages", k_pages, *k_pages_out);
-  check.Dtype("result v_pages", *v_pages_out, {dtype});
+  check.Dtype("result v_pages", *v_pages_out, {pages_dtype});
   check.Shape("result v_pages", *v_pages_out, {num_pages, num_heads, page_len, head_dim});
   check.Aliased("v_pages", v_pages, *v_pages_out);
+  check_scales("result k_scales", *k_scales_out);
+  check_scales("result v_scales", *v_scales_out);
+  if (is_int8) {
+    check.Aliased("k_scales", k_scales, *k_scales_out);
+    check.Aliased("v_scales", v_scales, *v_scales_out);
+  }
   check.Dtype("result partials", *partials, {ffi::F32});
   check.Rank("result partials", *partials, 1);
   check.Dtype("result semaphores", *semaphores_out, {ffi::S32});
@@ -81,6 +101,8 @@ ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer
   params.sin = DataOrNull<const float>(sin);
   params.k_pages = DataOrNull<void>(*k_pages_out);
   params.v_pages = DataOrNull<void>(*v_pages_out);
+  params.k_scales = DataOrNull<float>(*k_scales_out);
+  params.v_scales = DataOrNull<float>(*v_scales_out);
   params.page_table = DataOrNull<const int32_t>(page_table);
   params.lengths = DataOrNull<const int32_t>(lengths);
   params.num_new = DataOrNull<const int32_t>(num_new);
@@ -118,7 +140,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, kogpt::DecodeAttentionImpl,
                                   .Arg<kogpt::Buffer>()  // cos
                                   .Arg<kogpt::Buffer>()  // sin
                                   .Arg<kogpt::Buffer>()  // k_pages
+                                  .Arg<kogpt::Buffer>()  // k_scales
                                   .Arg<kogpt::Buffer>()  // v_pages
+                                  .Arg<kogpt::Buffer>()  // v_scales
                                   .Arg<kogpt::Buffer>()  // page_table
                                   .Arg<kogpt::Buffer>()  // lengths
                                   .Arg<kogpt::Buffer>()  // num_new
@@ -126,7 +150,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, kogpt::DecodeAttentionImpl,
                                   .Arg<kogpt::Buffer>()  // semaphores
                                   .Ret<kogpt::Buffer>()  // act, aliased
                                   .Ret<kogpt::Buffer>()  // k_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // k_scales, aliased
                                   .Ret<kogpt::Buffer>()  // v_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // v_scales, aliased
                                   .Ret<kogpt::Buffer>()  // partials: scratch
                                   .Ret<kogpt::Buffer>()  // semaphores, aliased
                                   .Attr<bool>("prefetch_cache"),

@@ -6,6 +6,7 @@
 #define CUSTOM_OPS_GEMM_H_
 
 #include <cstdint>
+#include <string>
 
 #include "op_common.h"
 
@@ -27,7 +28,7 @@ struct GemmParams {
   DataType x_dtype;     // kInt8, or dtype
   DataType dtype;       // bias and act: kFloat16 or kBfloat16
   DataType y_dtype;     // dtype or kFloat32; kFloat32 with a residual
-  int64_t tile;         // an index of tile_sizes.h; -1: chosen by the shape
+  int64_t tile;         // an index of the device's tiles; -1: chosen by the shape
 
   const void* x;              // [rows, k_dim] x_dtype
   const float* x_scale;       // [rows], of an INT8 x
@@ -43,6 +44,12 @@ struct GemmParams {
 
 // Returns null, or what is wrong with the parameters.
 const char* CheckGemm(const GemmParams& params);
+
+// How many tiles a device has for products of INT8 or of 16-bit activations, and their names:
+// "128x256 swizzle 2" and the like, without a comma. On Hopper a product that its kernels do not
+// take has one way, whichever tile it is told.
+int NumTiles(bool is_int8, bool is_hopper);
+std::string TileName(bool is_int8, bool is_hopper, int index);
 
 // Enqueues on `stream` (a cudaStream_t). Returns null, or a message of static lifetime.
 const char* LaunchInt8Gemm(const GemmParams& params, void* stream);

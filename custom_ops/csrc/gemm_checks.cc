@@ -1,7 +1,7 @@
 // Whether parameters of the products of many rows fit together, and those of quantize_rows.
 #include "gemm.h"
+#include "gemm_dispatch.h"
 #include "quantize_rows.h"
-#include "tile_sizes.h"
 
 namespace kogpt {
 namespace {
@@ -40,8 +40,8 @@ const char* CheckGemm(const GemmParams& params) {
   if (num_gelu > 0 && (params.act_dim < num_gelu || params.act_dim > kMaxExtent)) {
     return "act must hold the outputs from gelu_from on, and at most 2^24";
   }
-  if (params.tile < -1 || params.tile >= (is_int8 ? kNumInt8Tiles : kNumMixedTiles)) {
-    return "tile must be -1 or an index of tile_sizes.h";
+  if (params.tile < -1 || params.tile >= NumTiles(is_int8, CurrentDevice().is_hopper)) {
+    return "tile must be -1 or an index of the device's tiles";
   }
   if (params.x == nullptr || params.weight == nullptr || params.weight_scale == nullptr) {
     return "x, weight and its scales must be there";

@@ -236,7 +236,7 @@ bool CheckProducts() {
                                Shape{x_type, type, 1, 1, 16, 1, 0, false, true, false}}) {
       Problem problem(shape);
       std::vector<char> first_y, first_act;
-      const int tiles = x_type == DataType::kInt8 ? kNumInt8Tiles : kNumMixedTiles;
+      const int tiles = NumTiles(x_type == DataType::kInt8, CurrentDevice().is_hopper);
       for (int tile = -1; tile < tiles; ++tile) {
         double error = 0;
         bool is_same = true;
@@ -389,12 +389,8 @@ class Report {
   std::vector<std::string> lines_;
 };
 
-std::string TileName(int index, const GemmTile& tile) {
-  const char* const shape = tile.shape == TileShape::k64x256Pingpong    ? "64x256 pingpong"
-                            : tile.shape == TileShape::k128x128Pingpong ? "128x128 pingpong"
-                                                                        : "128x256";
-  return "tile " + std::to_string(index) + ": " + shape + " swizzle " +
-         std::to_string(tile.swizzle);
+std::string NumberedTile(bool is_int8, int index) {
+  return "tile " + std::to_string(index) + ": " + TileName(is_int8, true, index);
 }
 
 // KoGPT's two products of a layer, as a prefill in W8A8, in W8A16 and in bf16 calls them.
@@ -407,7 +403,7 @@ void BenchProducts(int64_t rows, Report& report) {
       const Problem problem(shape);
       for (int tile = -1; tile < kNumInt8Tiles; ++tile) {
         const double us = MedianUs([&] { return problem.Launch(tile); });
-        report.Add("int8_gemm", tile < 0 ? "chosen" : TileName(tile, kInt8Tiles[tile]), shape, us);
+        report.Add("int8_gemm", tile < 0 ? "chosen" : NumberedTile(true, tile), shape, us);
       }
       const Array whole(DataType::kFloat32, shape.rows * shape.outputs);
       GemmParams params = problem.Params(-1);
@@ -427,8 +423,7 @@ void BenchProducts(int64_t rows, Report& report) {
       const Problem problem(shape);
       for (int tile = -1; tile < kNumMixedTiles; ++tile) {
         const double us = MedianUs([&] { return problem.Launch(tile); });
-        report.Add("mixed_gemm", tile < 0 ? "chosen" : TileName(tile, kMixedTiles[tile]), shape,
-                   us);
+        report.Add("mixed_gemm", tile < 0 ? "chosen" : NumberedTile(false, tile), shape, us);
       }
     }
     const Problem problem(shape, kBf16);

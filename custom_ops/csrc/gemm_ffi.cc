@@ -1,5 +1,6 @@
 // `kogpt_int8_gemm` and `kogpt_mixed_gemm`: buffers to GemmParams. CUDA only.
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "ffi_helpers.h"
@@ -109,6 +110,21 @@ auto Binding() {
 
 }  // namespace
 }  // namespace kogpt
+
+// The names of an op's tiles, with commas, on a device of this compute capability (90 for 9.0); the
+// ops take an index of this list as `tile`. `op`: "int8_gemm" or "mixed_gemm". The caller has copied
+// a list before it asks for the next one.
+extern "C" KOGPT_EXPORT const char* KogptOpsGemmTiles(const char* op, int32_t compute_capability) {
+  static thread_local std::string names;
+  const bool is_int8 = std::strcmp(op, "int8_gemm") == 0;
+  const bool is_hopper = compute_capability == 90;
+  names.clear();
+  for (int index = 0; index < kogpt::NumTiles(is_int8, is_hopper); ++index) {
+    if (index > 0) names += ",";
+    names += kogpt::TileName(is_int8, is_hopper, index);
+  }
+  return names.c_str();
+}
 
 extern "C" KOGPT_EXPORT XLA_FFI_Error* Int8Gemm(XLA_FFI_CallFrame* call_frame);
 extern "C" KOGPT_EXPORT XLA_FFI_Error* MixedGemm(XLA_FFI_CallFrame* call_frame);

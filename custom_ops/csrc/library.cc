@@ -1,6 +1,7 @@
 // What a library tells of itself. custom_ops/_library.py asks before it registers anything.
 #include <cstdint>
 
+#include "build_info.h"  // which CMake writes
 #include "ffi_helpers.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -14,6 +15,11 @@ extern "C" KOGPT_EXPORT void KogptOpsFfiVersion(int32_t* major, int32_t* minor) 
 // As CMake names them, with commas: code for "90a-real", PTX for "80-virtual". Empty in the Host
 // library.
 extern "C" KOGPT_EXPORT const char* KogptOpsCudaArchitectures() { return KOGPT_CUDA_ARCHITECTURES; }
+
+// Of the package that it was compiled from, and a digest of the sources: what was measured with other
+// kernels counts for nothing (custom_ops/autotune.py).
+extern "C" KOGPT_EXPORT const char* KogptOpsVersion() { return KOGPT_VERSION; }
+extern "C" KOGPT_EXPORT const char* KogptOpsSourceHash() { return KOGPT_SOURCE_HASH; }
 
 // Name and version, with commas if there are several.
 extern "C" KOGPT_EXPORT const char* KogptOpsCompilers() { return KOGPT_COMPILERS; }

@@ -1,6 +1,6 @@
-// How the products of many rows are cut on Hopper, and which cut serves a shape that no one has
-// measured. An index of these tables is what the ops take as `tile`; the result does not depend on
-// it.
+// How the products of many rows are cut, and which cut serves a shape that no one has measured. An
+// index of these tables is what the ops take as `tile`; the result does not depend on it. The
+// library tells their names (`TileName` of gemm.h): no one else lists them.
 #ifndef CUSTOM_OPS_TILE_SIZES_H_
 #define CUSTOM_OPS_TILE_SIZES_H_
 
@@ -34,6 +34,9 @@ inline constexpr GemmTile kMixedTiles[] = {
     {TileShape::k128x256, 2},        {TileShape::k128x256, 8},
 };
 inline constexpr int kNumMixedTiles = sizeof(kMixedTiles) / sizeof(GemmTile);
+
+// Before Hopper there is one.
+inline constexpr int kNumPortableTiles = 1;
 
 // The fastest on an H100 for a layer's two products at about these rows
 // (docs/performance-notes.md).
