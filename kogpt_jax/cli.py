@@ -354,8 +354,8 @@ class _Clock:
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
         config = engine.config
         dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
-        dtype += f", smoothed on {calibration}" if config.has_multiplier else ""
         dtype += "" if config.kv_dtype is None else f", {config.kv_dtype} cache"
+        dtype += f", smoothed on {calibration}" if config.has_multiplier else ""
         lines = [
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
@@ -564,6 +564,62 @@ def _shortened(text: str) -> str:
     return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 1] + "…"
 
 
+# -- kogpt autotune ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def autotune(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="DIR", help="Model whose sizes count, its weights unread; 'demo' if none is given."
+        ),
+    ] = None,
+    shape: Annotated[
+        Literal["kogpt-6b", "demo"] | None, typer.Option(help="In place of --model: the sizes of a known model.")
+    ] = None,
+    dtype: _DtypeOption = None,
+    quant: Annotated[
+        Literal["w8a16", "w8a8"] | None, typer.Option(help="Quantisation to measure; each if not given.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens that are read at once, prompts of a batch together; may be repeated. Each stands for what is "
+            "up to its next power of two. 16 to 8192 if not given."
+        ),
+    ] = None,
+    mesh: _Mesh = "d1p1t1",
+) -> None:
+    """Measure this machine: which way to run a layer's INT8 products is the fastest.
+
+    Times each way with random data, leaves out those whose results are wrong, and keeps the times in a file of the
+    cache folder, where every later start with --implementation auto finds them. Takes minutes; nothing else should run
+    on the device. Ctrl-C keeps what was measured.
+    """
+    import jax  # here, so that --help need not wait for it
+
+    from kogpt_jax import runtime, tuning
+    from kogpt_jax.ops import describe, resolve_ops
+    from kogpt_jax.sharding import parse_mesh
+
+    num_shards = parse_mesh(mesh)[2]
+    runtime.configure()
+    configs = tuning.load_configs(model, shape, dtype, ["w8a16", "w8a8"] if quant is None else [quant])
+    platform = jax.default_backend()
+    problems = tuning.make_problems(configs, rows or tuning.DEFAULT_ROWS, platform=platform, num_shards=num_shards)
+    results, path = tuning.tune_products(problems, platform=platform, progress=True)
+    for line in tuning.table_lines(results):
+        _emit(line + "\n")
+    for result in results:
+        for choice, reason in result.rejected:
+            _tell(f"kogpt: {result.key.op} at {result.key.rows} rows: {choice} is left out: {reason}\n")
+    for config in configs:
+        ops = resolve_ops(config, "auto", platform=platform, num_shards=num_shards)
+        _emit(f"auto with {config.quant} in {config.dtype}: {describe(ops)}\n")
+    _emit(f"kept in {path}\n")
+
+
 # -- kogpt quantize ---------------------------------------------------------------------------------------------------
 
 
@@ -693,62 +749,6 @@ def eval_perplexity(
         )
     if plot is not None:
         evaluation.write_plot(result, plot)
-
-
-# -- kogpt autotune ---------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def autotune(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", metavar="DIR", help="Model whose sizes count, its weights unread; 'demo' if none is given."
-        ),
-    ] = None,
-    shape: Annotated[
-        Literal["kogpt-6b", "demo"] | None, typer.Option(help="In place of --model: the sizes of a known model.")
-    ] = None,
-    dtype: _DtypeOption = None,
-    quant: Annotated[
-        Literal["w8a16", "w8a8"] | None, typer.Option(help="Quantisation to measure; each if not given.")
-    ] = None,
-    rows: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Tokens that are read at once, prompts of a batch together; may be repeated. Each stands for what is "
-            "up to its next power of two. 16 to 8192 if not given."
-        ),
-    ] = None,
-    mesh: _Mesh = "d1p1t1",
-) -> None:
-    """Measure this machine: which way to run a layer's INT8 products is the fastest.
-
-    Times each way with random data, leaves out those whose results are wrong, and keeps the times in a file of the
-    cache folder, where every later start with --implementation auto finds them. Takes minutes; nothing else should run
-    on the device. Ctrl-C keeps what was measured.
-    """
-    import jax  # here, so that --help need not wait for it
-
-    from kogpt_jax import runtime, tuning
-    from kogpt_jax.ops import describe, resolve_ops
-    from kogpt_jax.sharding import parse_mesh
-
-    num_shards = parse_mesh(mesh)[2]
-    runtime.configure()
-    configs = tuning.load_configs(model, shape, dtype, ["w8a16", "w8a8"] if quant is None else [quant])
-    platform = jax.default_backend()
-    problems = tuning.make_problems(configs, rows or tuning.DEFAULT_ROWS, platform=platform, num_shards=num_shards)
-    results, path = tuning.tune_products(problems, platform=platform, progress=True)
-    for line in tuning.table_lines(results):
-        _emit(line + "\n")
-    for result in results:
-        for choice, reason in result.rejected:
-            _tell(f"kogpt: {result.key.op} at {result.key.rows} rows: {choice} is left out: {reason}\n")
-    for config in configs:
-        ops = resolve_ops(config, "auto", platform=platform, num_shards=num_shards)
-        _emit(f"auto with {config.quant} in {config.dtype}: {describe(ops)}\n")
-    _emit(f"kept in {path}\n")
 
 
 # -- kogpt info -------------------------------------------------------------------------------------------------------

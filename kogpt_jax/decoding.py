@@ -352,10 +352,9 @@ def _read_whole(
 
 def _scratch_pages(num_tokens: int, num_rows: int, definition: ModelDef) -> Pages:
     """Pages of a layer for rows that begin together."""
-    config = definition.config
     # Each row has at most one page that is not full; the last one is scratch.
     num_pages = num_tokens // PAGE_LEN + num_rows + 1
-    return make_pages(config, num_pages, config.num_heads // definition.split.num_shards)
+    return make_pages(definition.config, num_pages, definition.config.num_heads // definition.split.num_shards)
 
 
 def _scratch_page_table(packed: Packed) -> Int[Array, "B max_pages"]:

@@ -49,8 +49,8 @@ ORDER = (
     "engine",
     "",  # the package itself, which re-exports
     "text_rows",
-    "evaluation",
     "tuning",
+    "evaluation",
     "info",
     "cli",
     "__main__",
