@@ -154,8 +154,6 @@ def measure_perplexity(
             raise InputError(f"mode must be one of {', '.join(MODES)}, got {name!r}")
         if MODES[name].is_smoothed and task.calibration is None:
             raise InputError(f"mode {name} needs a calibration text")
-        if MODES[name].kv_dtype is not None and not hasattr(ModelConfig, "kv_dtype"):
-            raise InputError(f"mode {name} is not supported yet: its cache is in {MODES[name].kv_dtype}")
     runtime.configure()
     source = _Source(task)
     windows = source.windows()
@@ -264,8 +262,7 @@ class _Source:
             assert self.calibration is not None
             windows = smoothing.text_windows(self.calibration, config.max_len)
             smoothing.smooth(config, by_path, mesh, windows, self.calibration.settings, progress=progress)
-        options: dict[str, Any] = {} if mode.kv_dtype is None else {"kv_dtype": mode.kv_dtype}
-        config = dataclasses.replace(config, dtype=dtype, quant=mode.quant, **options)
+        config = dataclasses.replace(config, dtype=dtype, quant=mode.quant, kv_dtype=mode.kv_dtype)
         return KoGPT(config, smoothing.quantized_leaves(config, by_path, mesh), mesh, self.tokenizer)
 
 
@@ -405,11 +402,7 @@ def _sums(
 
 def default_modes(has_calibration: bool) -> list[str]:
     """All that can be measured: smoothed ones with a calibration text."""
-    return [
-        name
-        for name, mode in MODES.items()
-        if (has_calibration or not mode.is_smoothed) and (mode.kv_dtype is None or hasattr(ModelConfig, "kv_dtype"))
-    ]
+    return [name for name, mode in MODES.items() if has_calibration or not mode.is_smoothed]
 
 
 def table_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
