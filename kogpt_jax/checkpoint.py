@@ -61,7 +61,8 @@ class _Entry:
     stacked: Literal["rows", "columns", "once"] | None = None
 
 
-# `{i}` is the layer; scales are there in quantised models only. The order is the one in which a checkpoint is written.
+# `{i}` is the layer; scales are there in quantised models only, multipliers in smoothed ones. The order is the one in
+# which a checkpoint is written.
 _TABLE: dict[str, _Entry] = {
     "embedding": _Entry((("transformer.wte.weight", "VD"),)),
     "blocks.{i}.ln_scale": _Entry((("transformer.h.{i}.ln_1.weight", "D"),)),
@@ -92,6 +93,13 @@ _TABLE: dict[str, _Entry] = {
     "blocks.{i}.w_out_scale": _Entry(
         (("transformer.h.{i}.attn.out_proj.weight_scale", "D1"), ("transformer.h.{i}.mlp.fc_out.weight_scale", "D1")),
         stacked="once",
+    ),
+    "blocks.{i}.w_out_multiplier": _Entry(
+        (
+            ("transformer.h.{i}.attn.out_proj.input_multiplier", "D"),
+            ("transformer.h.{i}.mlp.fc_out.input_multiplier", "F"),
+        ),
+        stacked="rows",
     ),
     "blocks.{i}.b_ffn_out": _Entry((("transformer.h.{i}.mlp.fc_out.bias", "D"),)),
     "ln_f_scale": _Entry((("transformer.ln_f.weight", "D"),)),

@@ -57,6 +57,14 @@ _Quant = Annotated[
         "scores texts with INT8 activations."
     ),
 ]
+_Calibration = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text, one document a line, on which --quant w8a8 smooths the weights (SmoothQuant); must be named each "
+        "time. Made once and kept, see kogpt quantize.",
+    ),
+]
 _KeepQuantized = Annotated[
     bool,
     typer.Option(
@@ -180,6 +188,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     dtype: _DtypeOption = None,
     quant: _Quant = "none",
+    calibration: _Calibration = None,
     keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
@@ -227,7 +236,9 @@ def generate(
     if stream and not can_stream:
         raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
     clock = _Clock()
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, implementation, nan_guard)
+    engine = _load(
+        model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size, implementation, nan_guard
+    )
     clock.loaded()
     prompt_ids = [_encode(engine, row) for row in rows]
 
@@ -257,7 +268,7 @@ def generate(
             else:
                 _emit((rows[index].text if echo else "") + text + "\n")
     if stats:
-        clock.report(engine)
+        clock.report(engine, calibration)
 
 
 @dataclasses.dataclass
@@ -331,7 +342,7 @@ class _Clock:
             previous = now
             yield event
 
-    def report(self, engine: "kogpt_jax.KoGPT") -> None:
+    def report(self, engine: "kogpt_jax.KoGPT", calibration: pathlib.Path | None) -> None:
         """Prints the times on stderr."""
         from kogpt_jax.ops import describe  # here, so that --help need not import JAX
         from kogpt_jax.sharding import mesh_name
@@ -344,6 +355,7 @@ class _Clock:
         config = engine.config
         dtype = config.dtype if config.quant == "none" else f"{config.dtype} with {config.quant} weights"
         dtype += "" if config.kv_dtype is None else f", {config.kv_dtype} cache"
+        dtype += f", smoothed on {calibration}" if config.has_multiplier else ""
         lines = [
             f"load         {self._load_s:.2f} s",
             f"first token  {self._first_token_s or 0.0:.2f} s, compilation included",
@@ -366,6 +378,7 @@ def prompt_loop(
     seed: _Seed = None,
     dtype: _DtypeOption = None,
     quant: _Quant = "none",
+    calibration: _Calibration = None,
     keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
@@ -379,7 +392,7 @@ def prompt_loop(
     defaults, and a bad one ends the command.
     """
     filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, 1, implementation, nan_guard)
+    engine = _load(model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, 1, implementation, nan_guard)
     has_user = _is_terminal(sys.stdin)
     if has_user:
         with contextlib.suppress(ImportError):  # line editing; Python can be built without
@@ -491,6 +504,7 @@ def score(
     file: Annotated[pathlib.Path | None, typer.Option("--file", "-f", help="Texts to score, one a line.")] = None,
     dtype: _DtypeOption = None,
     quant: _Quant = "none",
+    calibration: _Calibration = None,
     keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
@@ -508,7 +522,9 @@ def score(
     The first token of a text has none before it and counts for nothing.
     """
     rows = _text_rows(text, file)
-    engine = _load(model, dtype, quant, keep_quantized, kv_dtype, mesh, max_batch_size, nan_guard=nan_guard)
+    engine = _load(
+        model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size, nan_guard=nan_guard
+    )
     token_ids = [_encode(engine, row, at_least=2) for row in rows]
     is_json = output_format == "jsonl"
     from kogpt_jax.engine import perplexity  # here, so that --help need not import JAX
@@ -604,6 +620,137 @@ def autotune(
     _emit(f"kept in {path}\n")
 
 
+# -- kogpt quantize ---------------------------------------------------------------------------------------------------
+
+
+@app.command("quantize")
+def quantize_model(
+    model: _Model = "demo",
+    quant: Annotated[
+        Literal["w8a16", "w8a8"], typer.Option(help="What to make; without --calibration both have the same weights.")
+    ] = "w8a8",
+    calibration: _Calibration = None,
+    dtype: _DtypeOption = None,
+) -> None:
+    """Quantise a model into the cache folder of this machine, where the other commands find it.
+
+    They are given the same --model, --quant, --calibration and --dtype. The other commands do it too where they find
+    nothing; here it is done ahead, and what was found for each layer is printed: the strength of smoothing, and the
+    relative squared error of the product in INT8 with it and without.
+    """
+    engine = _load(model, dtype, quant, calibration, True, None, "d1p1t1", 1)
+    from kogpt_jax import demo, quantized_cache, smoothing  # here, so that --help need not import JAX
+
+    source = demo.DIRECTORY if model == "demo" else pathlib.Path(model)
+    text = None if calibration is None else smoothing.read_calibration(calibration, engine.tokenizer)
+    entry = quantized_cache.find_entry(source, engine.config, text)
+    if entry is None:
+        raise InputError(f"quantised weights of {model} could not be kept in {quantized_cache.directory()}")
+    if calibration is not None:
+        _emit(f"{'layer':>5}  {'product':<7}  {'strength':>8}  {'error':>9}  {'without':>9}\n")
+        for layer, products in enumerate(quantized_cache.smoothing_of(entry)):
+            for name, found in products.items():
+                errors = f"{found['error']:>9.2e}  {found['error_without']:>9.2e}"
+                _emit(f"{layer:>5}  {name:<7}  {found['strength']:>8.1f}  {errors}\n")
+    _emit(f"{entry}\n")
+    _tell("For this machine only: what is made of weights has their licence (KoGPT's: CC BY-NC-ND 4.0).\n")
+
+
+# -- kogpt eval -------------------------------------------------------------------------------------------------------
+
+eval_app = typer.Typer(
+    help="Measure a model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.command("perplexity")
+def eval_perplexity(
+    text: Annotated[pathlib.Path, typer.Option("--text", "-t", metavar="FILE", help="Text in UTF-8 to measure on.")],
+    model: _Model = "demo",
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Each line is a document, between end-of-text tokens; else the file is one.")
+    ] = False,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Separated by commas, of fp32, bf16, fp16, w8a16, w8a8, w8a8-smoothed, and each with -kv8, an INT8 "
+            "cache. All that is supported if not given; smoothed ones with --calibration.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE", help="Text, one document a line, for smoothed modes.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of a window, 2 or more; the model's context if not given.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from window to window, 1 or more, fewer than it has; half if not given.")
+    ] = None,
+    dtype: Annotated[_Dtype, typer.Option(help="Dtype of quantised modes for all that is not in INT8.")] = "bf16",
+    outliers: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="Make one channel in 32 of the products' inputs this many times larger, above 1; the model's function "
+            "stays the same.",
+        ),
+    ] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Measure on the first documents alone, 1 or more.")] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Windows that run together at most, 1 or more.")] = 64,
+    json_file: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the result; finished modes of a file with the same settings are kept."
+        ),
+    ] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE", help="Draw the result (.png, .svg); needs matplotlib.")
+    ] = None,
+) -> None:
+    """Perplexity of a text in each precision, against fp32, with a sliding window.
+
+    "prefill" reads whole windows, as prompts are read and texts scored; "decode" token by token through the cache, as
+    text is written. Logit error is the RMS of the difference to fp32's logits, relative to theirs; agreement the share
+    of positions with the same likeliest token.
+    """
+    from kogpt_jax import evaluation  # here, so that --help need not import JAX
+
+    task = evaluation.PerplexityTask(
+        model=model,
+        text=text,
+        per_line=lines,
+        window=window,
+        stride=stride,
+        dtype=dtype,
+        calibration=calibration,
+        outliers=outliers,
+        max_documents=max_documents,
+        max_batch_size=max_batch_size,
+    )
+    if plot is not None:
+        evaluation.check_plot(plot)
+    names = evaluation.default_modes(calibration is not None) if modes is None else modes.split(",")
+    result = evaluation.measure_perplexity(
+        task, names, json_file, progress=True, tell=lambda line: _tell(f"kogpt: {line}\n")
+    )
+    _emit(evaluation.heading(result) + "\n")
+    columns = f"{'perplexity':>10}{'change %':>11}{'logit error':>13}{'agreement':>11}{'tokens/s':>11}"
+    _emit(f"{'mode':<18}{'phase':<9}{columns}\n")
+    for name, phase, row in evaluation.table_rows(result):
+        speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.0f}"
+        _emit(
+            f"{name:<18}{phase:<9}{row['perplexity']:>10.3f}{row['perplexity_percent_more']:>+11.3f}"
+            f"{row['logit_error']:>13.2e}{row['agreement']:>11.4f}{speed:>11}\n"
+        )
+    if plot is not None:
+        evaluation.write_plot(result, plot)
+
+
 # -- kogpt info -------------------------------------------------------------------------------------------------------
 
 
@@ -632,6 +779,7 @@ def _load(
     model: str,
     dtype: _Dtype | None,
     quant: _QuantMode,
+    calibration: pathlib.Path | None,
     keep_quantized: bool,
     kv_dtype: _KvDtypeName | None,
     mesh: str,
@@ -645,6 +793,7 @@ def _load(
         model,
         dtype=dtype,
         quant=quant,
+        calibration=calibration,
         keep_quantized=keep_quantized,
         kv_dtype=None if kv_dtype == "none" else kv_dtype,
         mesh=mesh,

@@ -55,6 +55,9 @@ class ModelConfig:
     quant: Quant = "none"
     # int8: cached keys and values in INT8 with an f32 scale a token and head. None, or dtype's name: in dtype.
     kv_dtype: str | None = None
+    # The inputs of each layer's ``w_out`` are multiplied channel by channel by an f32 parameter: what SmoothQuant takes
+    # out of them where no other parameter can.
+    has_multiplier: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_len", "model_dim", "num_layers", "num_heads", "rotary_dim", "ffn_dim"):

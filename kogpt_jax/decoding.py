@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from custom_ops import make_semaphores
 from custom_ops.pages import Pages
+from custom_ops.prefill_attention import token_rows
 from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, make_pages, pages_per_row
-from kogpt_jax.model import GPTJ, ModelDef
+from kogpt_jax.model import GPTJ, Block, ModelDef
 from kogpt_jax.packing import Packed
 from kogpt_jax.pipeline import from_last_stage, microbatch, run_ticks, with_microbatch
 from kogpt_jax.sampling import RowSampling, sample
@@ -79,6 +80,15 @@ class Emitted:
 
 _Decoding = tuple[DecodeState, tuple[Array, ...]]  # with what it has emitted
 _Scratch = tuple[tuple[tuple[Pages, ...], ...], Array]
+
+
+class LayerInputs(NamedTuple):
+    """What a layer's two products multiply, from `layer_inputs`: arrays on the device, or fetched to the host."""
+
+    largest_in: Any  # [D] in f32: magnitude of each channel over the tokens
+    largest_out: Any  # [K]
+    rows_in: Any  # [S, D]: those of single tokens
+    rows_out: Any  # [S, K]
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))
@@ -310,19 +320,13 @@ def _read_whole(
     that all layers of a stage share the pages of one."""
     config, num_stages = model.config, definition.split.num_stages
     num_chunks, num_tokens = chunks.tokens.shape
-    num_heads = config.num_heads // definition.split.num_shards
-    # Each row has at most one page that is not full; the last one is scratch.
-    num_pages = num_tokens // PAGE_LEN + chunks.begins.shape[1] + 1
-    pages = make_pages(config, num_pages, num_heads)
+    pages = _scratch_pages(num_tokens, chunks.begins.shape[1], definition)
 
     def run(number: Any, x: Array, carry: _Scratch) -> tuple[Array, _Scratch]:
         # Where there is no chunk, one is read again: nobody looks at the pages or at what comes out.
         (k, v), results = carry
         packed = _chunk(chunks, number)
-        row_pages = -(-packed.num_new // PAGE_LEN)
-        first_pages = jnp.cumsum(row_pages) - row_pages
-        page_table = first_pages[:, None] + jnp.arange(pages_per_row(packed.max_len), dtype=jnp.int32)
-        cache = KVCache(k=k, v=v, page_table=page_table, lengths=jnp.zeros_like(packed.num_new))
+        cache = KVCache(k=k, v=v, page_table=_scratch_page_table(packed), lengths=jnp.zeros_like(packed.num_new))
         x, cache = model.prefill(x, packed, cache)
         return x, ((cache.k, cache.v), results)
 
@@ -346,6 +350,20 @@ def _read_whole(
     return results
 
 
+def _scratch_pages(num_tokens: int, num_rows: int, definition: ModelDef) -> Pages:
+    """Pages of a layer for rows that begin together."""
+    # Each row has at most one page that is not full; the last one is scratch.
+    num_pages = num_tokens // PAGE_LEN + num_rows + 1
+    return make_pages(definition.config, num_pages, definition.config.num_heads // definition.split.num_shards)
+
+
+def _scratch_page_table(packed: Packed) -> Int[Array, "B max_pages"]:
+    """The rows' pages one after another."""
+    row_pages = -(-packed.num_new // PAGE_LEN)
+    first_pages = jnp.cumsum(row_pages) - row_pages
+    return first_pages[:, None] + jnp.arange(pages_per_row(packed.max_len), dtype=jnp.int32)
+
+
 def _over_chunks(
     local: Callable[..., Array], out_specs: Any, chunks: Packed, definition: ModelDef, mesh: Mesh
 ) -> Callable[..., Array]:
@@ -363,6 +381,82 @@ def _empty_flight(rows: int, definition: ModelDef) -> Float[Array, "rows D"] | N
     if definition.split.num_stages == 1:
         return None
     return jnp.zeros((rows, definition.config.model_dim), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"))
+def layer_inputs(
+    leaves: Sequence[Array],
+    packed: Packed,
+    picked: Int[Array, " S"],
+    *,
+    definition: ModelDef,
+    mesh: Mesh,
+) -> list[LayerInputs]:
+    """What the products of each layer multiply, on a mesh of one device: largest magnitudes, and some tokens' rows.
+
+    Args:
+        leaves: parameters, in the order of ``definition.params``.
+        packed: rows that begin with their first token here.
+        picked: of the packed tokens those whose rows are given back.
+    """
+
+    def local(leaves: Sequence[Array], packed: Packed, picked: Array) -> list[LayerInputs]:
+        found: list[LayerInputs] = []
+        _, _, is_read = token_rows(packed.begins, packed.num_new, packed.tokens.shape[0])
+
+        def watch(block: Block, x: Array, act: Array) -> None:
+            rows = block.product_inputs(x, act)
+            largest = [jnp.max(jnp.abs(x), axis=0, where=is_read[:, None], initial=0) for x in rows]
+            found.append(LayerInputs(*(x.astype(jnp.float32) for x in largest), *(x[picked] for x in rows)))
+
+        model = definition.merge(leaves)
+        pages = _scratch_pages(packed.tokens.shape[0], packed.begins.shape[0], definition)
+        page_table, lengths = _scratch_page_table(packed), jnp.zeros_like(packed.num_new)
+        cache = KVCache(k=(pages,), v=(pages,), page_table=page_table, lengths=lengths)
+        model.prefill(model.embed(packed.tokens), packed, cache, watch)
+        return found
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), _REPLICATED, _REPLICATED),
+        out_specs=_REPLICATED,
+        check_vma=False,
+    )(list(leaves), packed, picked)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"), compiler_options=WITHOUT_CUDA_GRAPHS)
+def stepped_logits(
+    leaves: Sequence[Array], cache: KVCache, tokens: Int[Array, "B T"], *, definition: ModelDef, mesh: Mesh
+) -> Float[Array, "B T V"]:
+    """Logits of every position in f32, each token read by a decode step: `all_logits` through the cache. On a mesh
+    without stages.
+
+    Args:
+        leaves: parameters, in the order of ``definition.params``.
+        cache: empty, with room for T tokens.
+        tokens: sequences, left-aligned.
+    """
+
+    def local(leaves: Sequence[Array], cache: KVCache, tokens: Array) -> Array:
+        model = definition.merge(leaves)
+        num_new = jnp.ones(tokens.shape[0], jnp.int32)
+
+        def step(carry: tuple[KVCache, Array], tokens: Array) -> tuple[tuple[KVCache, Array], Array]:
+            x, cache, semaphores = model.decode_step(model.embed(tokens), num_new, *carry)
+            logits, semaphores = model.next_logits(x, semaphores)
+            return (cache, semaphores), logits
+
+        _, logits = jax.lax.scan(step, (cache, make_semaphores()), tokens.T)
+        return definition.vocabulary.gather(logits.swapaxes(0, 1))
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(definition.leaf_specs(), cache_specs(definition.config, definition.layers_per_stage), _ROWS_BY_LEN),
+        out_specs=_ROWS_BY_LEN,
+        check_vma=False,
+    )(list(leaves), cache, tokens)
 
 
 def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tuple[DecodeState, Array, Array]:

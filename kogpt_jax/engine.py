@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from custom_ops.prefill_attention import SCORE_BYTES
-from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding
+from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding, smoothing
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
@@ -158,6 +158,7 @@ class KoGPT:
         *,
         dtype: Dtype | None = None,
         quant: Quant = "none",
+        calibration: str | os.PathLike[str] | None = None,
         keep_quantized: bool = True,
         kv_dtype: str | None = None,
         mesh: str = "d1p1t1",
@@ -175,6 +176,9 @@ class KoGPT:
             quant: "w8a16" holds the weight matrices in INT8 with a scale an output, "none" in ``dtype``. "w8a8" has the
                 weights of "w8a16", and where prompts are read and texts scored it rounds the activations of the layers'
                 products to INT8 too, with a scale a token.
+            calibration: a text file for quant "w8a8": its weights are smoothed on it (`smoothing`), a document a line.
+                Weights smoothed on another text are other weights, so it must be named at every load; they are made at
+                the first and kept, if ``keep_quantized``.
             keep_quantized: keep quantised weights in the cache folder of this machine, and take them from there.
             kv_dtype: "int8" holds the cache of keys and values in INT8 with a scale a token and head; None, or the name
                 of the model's dtype, in that.
@@ -193,6 +197,8 @@ class KoGPT:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if quant not in QUANTS:
             raise InputError(f"quant must be one of {', '.join(QUANTS)}, got {quant!r}")
+        if calibration is not None and quant != "w8a8":
+            raise InputError(f"calibration {os.fspath(calibration)} is for quant w8a8, got quant {quant}")
         check_choice(implementation)
         extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
@@ -211,8 +217,23 @@ class KoGPT:
         split = model.model_def(config, Split.of(device_mesh)).split
         platform = device_mesh.devices.flat[0].platform
         resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
-        load_leaves = checkpoint.load_leaves if quant == "none" or not keep_quantized else quantized_cache.load_leaves
-        leaves = load_leaves(directory, config, device_mesh, progress=progress)
+        if calibration is not None:
+            config = dataclasses.replace(config, has_multiplier=True)
+            text = smoothing.read_calibration(calibration, tokenizer)
+            if keep_quantized:
+                leaves = quantized_cache.load_leaves(
+                    directory, config, device_mesh, calibration=text, progress=progress
+                )
+            elif device_mesh.size == 1:
+                leaves, _ = smoothing.make_leaves(directory, config, text, progress=progress)
+            else:
+                raise InputError(
+                    f"calibration on mesh {mesh!r} takes keep_quantized: weights are smoothed on one device"
+                )
+        elif quant != "none" and keep_quantized:
+            leaves = quantized_cache.load_leaves(directory, config, device_mesh, progress=progress)
+        else:
+            leaves = checkpoint.load_leaves(directory, config, device_mesh, progress=progress)
         return cls(
             config,
             leaves,

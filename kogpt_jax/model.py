@@ -60,6 +60,9 @@ NO_LAYER = -1  # stands for the layer of a block that is left over
 # what the phase keeps of the layer: its updated pages, or nothing.
 Attend = Callable[[Array, Array], tuple[Array, tuple[Pages, ...]]]
 
+# Takes a block, the residual stream in front of it, [T, D], and its ``w_out``'s input, [T, K].
+Watch = Callable[["Block", Array, Array], None]
+
 
 class Embed(nnx.Module):
     """Token embedding. GPT-J has no position embedding: rotary does that in attention."""
@@ -105,6 +108,12 @@ class Block(nnx.Module):
             k_axes=(1, 3),
             parts=(local_dim, local_ffn),
         )
+        self.w_out_multiplier = _multiplier(
+            (stages, shards, local_dim + local_ffn),
+            ("stage", "tensor_shard", "fused"),
+            config,
+            parts=(local_dim, local_ffn),
+        )
         self.b_ffn_out = _param((stages, model_dim), ("stage", "embed"), config)
 
     def __call__(
@@ -132,13 +141,25 @@ class Block(nnx.Module):
         check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
+            options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
             if self.num_shards == 1:
-                x, _ = prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x)
+                x, _ = prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x, **options)
             else:
-                out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32)
+                out, _ = prefill_linear(act, w_out, config, self.ops, out_dtype=jnp.float32, **options)
                 x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
         check("w_out", layer, lambda: (x,))
         return x, kept
+
+    def product_inputs(
+        self, x: Float[Array, "T D"], act: Float[Array, "T K"]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T K"]]:
+        """What ``w_in`` and ``w_out`` multiply, given what goes into the block and what attention and GELU make."""
+        multiplier = self._local_multiplier()
+        h = layer_norm(x, _local(self.ln_scale, 1), _local(self.ln_bias, 1), self.config)
+        return h, act if multiplier is None else act * multiplier
+
+    def _local_multiplier(self) -> Array | None:
+        return None if self.w_out_multiplier is None else _local(self.w_out_multiplier, 1)
 
     def decode_step(
         self,
@@ -187,10 +208,11 @@ class Block(nnx.Module):
         check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
+            options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
             if self.num_shards == 1:
-                x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x)
+                x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x, **options)
             else:
-                out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32)
+                out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32, **options)
                 x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
         check("w_out", layer, lambda: (x,))
         return x, (k_pages, v_pages), semaphores
@@ -214,7 +236,9 @@ class GPTJ(nnx.Module):
         )
         self.lm_head_bias = _param((self.vocabulary.padded_size,), ("vocab",), config)
 
-    def prefill(self, x: Float[Array, "T D"], packed: Packed, cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
+    def prefill(
+        self, x: Float[Array, "T D"], packed: Packed, cache: KVCache, watch: Watch | None = None
+    ) -> tuple[Float[Array, "T D"], KVCache]:
         """Reads new tokens of each row, which see those of the row in the cache and one another, causally.
 
         Args:
@@ -222,6 +246,7 @@ class GPTJ(nnx.Module):
             packed: one data shard's tokens.
             cache: the tokens before. With pages of one layer only, all layers use these in turn: for rows that begin
                 here and are not gone on with.
+            watch: is given each block, what goes into it, and ``w_out``'s input.
 
         Returns:
             The residual stream behind the last of the layers, which means nothing for tokens of no row; the cache with
@@ -239,7 +264,9 @@ class GPTJ(nnx.Module):
         for layer, block in enumerate(self.blocks):
             slot = layer % len(new_pages)
 
-            def attend(qkv: Array, act: Array, slot: int = slot) -> tuple[Array, tuple[Pages, ...]]:
+            def attend(
+                qkv: Array, act: Array, slot: int = slot, block: Block = block, x: Array = x
+            ) -> tuple[Array, tuple[Pages, ...]]:
                 act, k_pages, v_pages, _ = prefill_attention(
                     qkv,
                     rotary,
@@ -253,6 +280,8 @@ class GPTJ(nnx.Module):
                     max_new=packed.max_len,
                     implementation=self.ops.prefill_attention,
                 )
+                if watch is not None:
+                    watch(block, x, act)
                 return act, (k_pages, v_pages)
 
             x, new_pages[slot] = block(x, attend, layer, check)
@@ -382,6 +411,7 @@ def prefill_linear(
     ops: OpsConfig,
     *,
     layer_norm: tuple[Array, Array, float] | None = None,
+    k_multiplier: Array | None = None,
     bias: Array | None = None,
     residual: Float[Array, "T M"] | None = None,
     gelu_from: int | None = None,
@@ -402,10 +432,13 @@ def prefill_linear(
     }
     if config.quant == "w8a8":
         assert isinstance(weight, QuantizedArray)
-        quantized = quantize_rows(x, layer_norm=layer_norm, implementation=ops.gemm)
+        in_front: dict[str, Any] = {"layer_norm": layer_norm, "k_multiplier": k_multiplier}
+        quantized = quantize_rows(x, implementation=ops.gemm, **in_front)
         return int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
     if layer_norm is not None:
         x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
+    if k_multiplier is not None:
+        x = (x.astype(jnp.float32) * k_multiplier).astype(config.jax_dtype)
     if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
         return mixed_gemm(x, weight, implementation="ffi", **options)
     if isinstance(weight, QuantizedArray) and ops.gemm == "linear":
@@ -515,6 +548,13 @@ def _matrix(
         _declared(shape, jnp.int8, logical_axes, 0.0, parts),
         _declared(scale_shape, jnp.float32, scale_axes, 0.0, ()),
     )
+
+
+def _multiplier(
+    shape: tuple[int, ...], logical_axes: tuple[str, ...], config: ModelConfig, *, parts: tuple[int, ...]
+) -> nnx.Param | None:
+    """What the inputs of a matrix are multiplied with, where the model has such: f32, since kernels take no other."""
+    return _declared(shape, jnp.float32, logical_axes, 1.0, parts) if config.has_multiplier else None
 
 
 def _declared(

@@ -14,20 +14,26 @@ import logging
 import pathlib
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from kogpt_jax import checkpoint, runtime
+from kogpt_jax import checkpoint, runtime, smoothing
+from kogpt_jax._version import __version__
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object, write_json
-from kogpt_jax.sharding import Split
+from kogpt_jax.sharding import ONE_DEVICE, Split
+from kogpt_jax.smoothing import Calibration
 from kogpt_jax.weight_files import find_weight_files, renamed_when_complete
 
 # Of what `checkpoint.write_leaves` writes and how `quantize` rounds: another number makes every entry anew.
 FORMAT_VERSION = 1
+
+# In an entry of smoothed weights: what made them, and what was found for each layer.
+SMOOTHING_FILE = "smoothing.json"
 
 # Unfinished folders of this age were left by a process that was killed.
 _STALE_S = 24 * 3600
@@ -40,32 +46,76 @@ def directory() -> pathlib.Path:
     return runtime.cache_dir() / "quantized"
 
 
-def load_leaves(source: pathlib.Path, config: ModelConfig, mesh: Mesh, *, progress: bool = False) -> list[jax.Array]:
+def load_leaves(
+    source: pathlib.Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    calibration: Calibration | None = None,
+    progress: bool = False,
+) -> list[jax.Array]:
     """The leaves of a quantised model: from the cache, else quantised from ``source`` and kept.
 
     An entry that cannot be read is made anew; where it cannot be written, one warning says so and the model is used as
     it is.
 
+    Args:
+        source: a Hugging Face directory.
+        config: of the quantised model.
+        mesh: where the leaves go.
+        calibration: of a smoothed model, one that ``has_multiplier``: the text.
+        progress: show progress bars, if stderr is a terminal.
+
     Raises:
-        InputError: what `checkpoint.load_leaves` refuses of ``source``.
+        InputError: what `checkpoint.load_leaves` refuses of ``source``; a smoothed model, which is made on one device,
+            cannot be kept and ``mesh`` has several.
     """
-    record = _record(source, config)
+    record = _record(source, config, calibration)
     entry = _entry(source, record)
     if _is_complete(entry, record):
         try:
             return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
         except InputError as error:
             _logger.warning("quantised weights are made anew: %s", error)
-    leaves = checkpoint.load_leaves(source, config, mesh, progress=progress)
+    report = None
+    if calibration is None:
+        leaves = checkpoint.load_leaves(source, config, mesh, progress=progress)
+    else:
+        leaves, chosen = smoothing.make_leaves(source, config, calibration, progress=progress)
+        report = _smoothing_report(record, calibration, chosen)
     try:
         _discard(entry)
         with renamed_when_complete(entry) as temporary:
-            checkpoint.write_leaves(temporary, config, leaves, Split.of(mesh))
+            checkpoint.write_leaves(temporary, config, leaves, Split.of(mesh) if report is None else ONE_DEVICE)
             write_json(temporary / "config.json", config.to_hf_dict() | {"quantization_config": record})
+            if report is not None:
+                write_json(temporary / SMOOTHING_FILE, report)
     except InputError as error:
         if not _is_complete(entry, record):  # or another process was first
+            if report is not None and mesh.size > 1:
+                raise
             _logger.warning("quantised weights are not kept: %s", error)
-    return leaves
+    if report is None or mesh.size == 1:
+        return leaves
+    return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
+
+
+def smoothing_of(entry: pathlib.Path) -> list[dict[str, dict[str, float]]]:
+    """What was found for each layer of a smoothed entry: "strength", "error" and "error_without" of each product.
+
+    Raises:
+        InputError: the entry has no such record.
+    """
+    return read_json_object(entry / SMOOTHING_FILE)["layers"]
+
+
+def find_entry(
+    source: pathlib.Path, config: ModelConfig, calibration: Calibration | None = None
+) -> pathlib.Path | None:
+    """The folder of a model's entry, None if there is none."""
+    record = _record(source, config, calibration)
+    entry = _entry(source, record)
+    return entry if _is_complete(entry, record) else None
 
 
 def size() -> tuple[int, int]:
@@ -74,18 +124,41 @@ def size() -> tuple[int, int]:
     return len(entries), sum(file.stat().st_size for entry in entries for file in entry.iterdir())
 
 
-def _record(source: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
+def _record(source: pathlib.Path, config: ModelConfig, calibration: Calibration | None = None) -> dict[str, Any]:
     """All that an entry's content depends on, as JSON has it."""
+    if config.has_multiplier != (calibration is not None):
+        raise ValueError(f"a model with has_multiplier {config.has_multiplier} and calibration {calibration}")
     source = source.resolve()
     files = [(path, path.stat()) for path in find_weight_files(source)]
     return {
         "quant_method": "kogpt_jax",
-        "scheme": "w8a16",  # w8a8 has the same weights
+        # w8a8 has w8a16's weights, unless they are smoothed.
+        "scheme": "w8a16" if calibration is None else "w8a8-smoothed",
         "dtype": config.dtype,
         "format_version": FORMAT_VERSION,
         # The path too: files of two models may have one size, and archives that set every time to the same are common.
         "source": str(source),
         "files": {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in files},
+        **({} if calibration is None else {"calibration": calibration.record}),
+    }
+
+
+def _smoothing_report(
+    record: dict[str, Any], calibration: Calibration, chosen: Sequence[Mapping[str, smoothing.Choice]]
+) -> dict[str, Any]:
+    """What made a smoothed entry, and what was found for each layer."""
+    return {
+        "made_of": record,
+        "calibration_file": calibration.text.path.name,
+        "versions": {"kogpt_jax": __version__, "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "layers": [
+            {
+                name: {field: getattr(choice, field) for field in ("strength", "error", "error_without")}
+                for name, choice in choices.items()
+            }
+            for choices in chosen
+        ],
     }
 
 
@@ -97,6 +170,8 @@ def _entry(source: pathlib.Path, record: dict[str, Any]) -> pathlib.Path:
 
 def _is_complete(entry: pathlib.Path, record: dict[str, Any]) -> bool:
     """Whether there is an entry that was made of this; whether its weights can be read is seen when they are."""
+    if "calibration" in record and not (entry / SMOOTHING_FILE).is_file():
+        return False
     try:
         return read_json_object(entry / "config.json").get("quantization_config") == record
     except InputError:

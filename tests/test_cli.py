@@ -31,7 +31,7 @@ from hash_weights import hash_state_dict, write_checkpoint
 import custom_ops
 import kogpt_jax
 from custom_ops import autotune
-from kogpt_jax import KoGPT, SamplingParams, cli, tuning
+from kogpt_jax import KoGPT, SamplingParams, cli, smoothing, tuning
 from kogpt_jax.config import DTYPES
 from kogpt_jax.ops import describe, resolve_ops
 
@@ -153,15 +153,17 @@ def test_version():
 
 
 def test_help_lists_the_commands():
-    assert set(_commands()) == {"generate", "prompt", "score", "autotune", "info"}
+    assert set(_commands()) == {"generate", "prompt", "score", "autotune", "quantize", "eval", "info"}
     output = _output("--help")
     assert all(name in output for name in _commands())
     assert "--max-new-tokens" in _output("generate", "-h")
 
 
-@pytest.mark.parametrize("name", ["generate", "prompt", "score", "autotune", "info"])
+@pytest.mark.parametrize("name", ["generate", "prompt", "score", "autotune", "quantize", "eval perplexity", "info"])
 def test_every_option_has_help(name):
-    for param in _commands()[name].params:
+    command, _, subcommand = name.partition(" ")
+    found = _commands()[command]
+    for param in (found.commands[subcommand] if subcommand else found).params:
         assert param.help, param.name
         assert param.help.endswith("."), param.help
 
@@ -631,6 +633,85 @@ def test_autotune_where_nothing_can_be_written(checkpoint, tuned):
     tuned.write_text("a file in the folder's place")
     arguments = ["--model", checkpoint, "--dtype", "fp32", "--rows", "16", "--quant", "w8a16"]
     _assert_refused(_invoke("autotune", *arguments), "cannot be kept", str(tuned))
+
+
+# -- quantize and eval ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibration(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "calibration.txt"
+    path.write_text("\n".join(_SENTENCES) + "\n", encoding="utf-8")
+    return path
+
+
+def test_quantize_makes_what_the_others_take(checkpoint, calibration, monkeypatch):
+    kept = json.loads(_output("info", "--json"))["quantized_cache"]
+    result = _invoke("quantize", "--model", checkpoint, "--calibration", calibration)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("For this machine only: ")
+    head, *products, entry = result.stdout.splitlines()
+    assert head.split() == ["layer", "product", "strength", "error", "without"]
+    assert [product.split()[:2] for product in products] == [["0", "w_in"], ["0", "w_out"]]
+    for product in products:
+        strength, error, without = map(float, product.split()[2:])
+        assert 0 <= strength < 1
+        assert 0 < error <= without
+    assert pathlib.Path(entry, "smoothing.json").is_file()
+    monkeypatch.setattr(smoothing, "make_leaves", None)  # nothing is made any more
+    options = ["--model", checkpoint, "--prompt", "나는", "--max-new-tokens", 5, "--quant", "w8a8"]
+    result = _invoke("generate", *options, "--calibration", calibration, "--stats")
+    assert result.exit_code == 0
+    assert f"with w8a8 weights, smoothed on {calibration}" in result.stderr
+    plain = _invoke("generate", *options, "--stats")
+    assert "smoothed" not in plain.stderr
+    assert json.loads(_output("info", "--json"))["quantized_cache"]["models"] - kept["models"] == 2
+
+
+def test_quantize_without_calibration(checkpoint):
+    result = _invoke("quantize", "--model", checkpoint, "--quant", "w8a16")
+    (entry,) = result.stdout.splitlines()
+    assert json.loads(pathlib.Path(entry, "config.json").read_text())["quantization_config"]["scheme"] == "w8a16"
+    refused = _invoke("quantize", "--model", checkpoint, "--quant", "w8a16", "--calibration", "text.txt")
+    _assert_refused(refused, "calibration text.txt is for quant w8a8, got quant w8a16")
+
+
+def test_eval_perplexity(checkpoint, calibration, tmp_path):
+    file = tmp_path / "result.json"
+    options = ["--model", checkpoint, "--text", calibration, "--lines", "--window", 16, "--json", file]
+    options += ["--calibration", calibration, "--dtype", "fp32"]
+    first = _invoke("eval", "perplexity", *options, "--modes", "fp32,w8a8-smoothed")
+    assert (first.exit_code, first.stderr) == (0, "")
+    title, head, *rows = first.stdout.splitlines()
+    assert "calibration.txt" in title
+    assert head.split() == ["mode", "phase", "perplexity", "change", "%", "logit", "error", "agreement", "tokens/s"]
+    names = [(mode, phase) for mode in ("fp32", "w8a8-smoothed") for phase in ("prefill", "decode")]
+    assert [tuple(row.split()[:2]) for row in rows] == names
+    result = json.loads(file.read_text())
+    assert result["settings"]["window"] == 16
+    assert result["settings"]["stride"] == 8
+    assert {"commit", "versions", "device"} <= result["environment"].keys()
+    for row in rows:
+        mode, phase, perplexity, *_ = row.split()
+        assert float(perplexity) == pytest.approx(result["modes"][mode][phase]["perplexity"], abs=1e-3)
+    again = _invoke("eval", "perplexity", *options, "--modes", "fp32,w8a8-smoothed")
+    assert (again.stdout, again.stderr) == (first.stdout, f"kogpt: taken from {file}: fp32, w8a8-smoothed\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--modes", "fp32,w4a16"], ["mode", "'w4a16'", "w8a8-smoothed"]),
+        (["--modes", "w8a8-smoothed"], ["w8a8-smoothed", "calibration"]),
+        (["--window", 1], ["window", "1"]),
+        (["--outliers", 0.5], ["outliers", "0.5"]),
+        (["--plot", "figure.nothing"], ["figure.nothing"]),
+        (["--text", "nowhere.txt"], ["nowhere.txt"]),
+    ],
+)
+def test_what_eval_refuses(checkpoint, calibration, arguments, named):
+    result = _invoke("eval", "perplexity", "--model", checkpoint, "--text", calibration, *arguments)
+    _assert_refused(result, *named)
 
 
 # -- info -------------------------------------------------------------------------------------------------------------

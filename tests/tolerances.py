@@ -64,6 +64,11 @@ ROW_ALONE_VS_BATCH = {
         4e-3, "11 bits of mantissa: one ulp is 2^-11, and a tile's other order may flip a rounding in each layer."
     ),
 }
+RESCALED = Tolerance(
+    1e-5,
+    "f32 against the same function, channels rescaled by what is no power of two: each factor and what it scales is "
+    "rounded, some 2^-24 a product, which adds up over the layers.",
+)
 CACHED_VS_WHOLE = {
     "fp32": Tolerance(
         1e-5, "one query over cached keys against all queries at once: the same products, summed in another order."
