@@ -255,16 +255,18 @@ def test_the_demo_model_on_eight_devices():
 
 @pytest.mark.host
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["none", "w8a16", "w8a8"])
-def test_kernels_inside_a_mesh(tmp_path, quant):
+@pytest.mark.parametrize(("quant", "kv_dtype"), [("none", "int8"), ("w8a16", None), ("w8a8", None)])
+def test_kernels_inside_a_mesh(tmp_path, quant, kv_dtype):
     """The project's ops for CPUs on four devices against XLA on one."""
     write_checkpoint(tmp_path, KERNEL_CONFIG.to_hf_dict() | {"n_inner": 224}, salt="kernels")  # K of a shard: 16 x 11
-    load = functools.partial(KoGPT.from_pretrained, tmp_path, dtype="fp32", quant=quant, keep_quantized=False)
+    options = {"dtype": "fp32", "quant": quant, "kv_dtype": kv_dtype, "keep_quantized": False}
+    load = functools.partial(KoGPT.from_pretrained, tmp_path, **options)
     one, four = load(implementation="reference"), load(implementation="ffi", mesh="d1p2t2")
     assert four.ops.linear == four.ops.decode_attention == "ffi"
     expected = one.generate_ids(PROMPTS, greedy(NEW_TOKENS))
     completions = four.generate_ids(PROMPTS, greedy(NEW_TOKENS))
-    tolerance = tolerances.W8A8_VS_MESH if quant == "w8a8" else tolerances.LOGPROBS_VS_MESH
+    rounds = quant == "w8a8" or kv_dtype == "int8"
+    tolerance = tolerances.INT8_VS_MESH if rounds else tolerances.LOGPROBS_VS_MESH
     check_texts(completions, expected, tolerance)
 
 
