@@ -253,3 +253,16 @@ def test_what_int8_costs_the_demo_model(outliers):
     assert more["w8a8-smoothed", "decode"] <= 0.2
     if outliers is not None:
         assert more["w8a8", "prefill"] >= 3
+
+
+@pytest.mark.parametrize("outliers", [None, 20])
+def test_what_an_int8_cache_costs_the_demo_model(outliers):
+    """With weights and activations of 16 bits, and beside INT8 ones."""
+    name = "perplexity_demo_kv8.json" if outliers is None else "perplexity_demo_outliers_kv8.json"
+    result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    assert result["settings"]["outliers"] == outliers
+    more = {row[:2]: abs(row[2]["perplexity_percent_more"]) for row in evaluation.table_rows(result)}
+    for phase in evaluation.PHASES:
+        assert more["bf16-kv8", phase] <= 0.3
+        assert more["w8a16-kv8", phase] <= 0.3
+        assert more["w8a8-smoothed-kv8", phase] <= 1
