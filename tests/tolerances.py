@@ -49,9 +49,9 @@ LOGPROBS_VS_MESH = Tolerance(
 )
 INT8_VS_MESH = Tolerance(
     2e-2,
-    "w8a8: a tensor shard rounds its part of w_out's input with a scale of its own, finer than one for the whole "
-    "token: other roundings of up to 1/254 of the largest activation in each layer. INT8 cache: a key or value in the "
-    "middle of two integers goes either way, after another order of summation. 0.014 and 0.009 were seen.",
+    "w8a8: a tensor shard rounds its part of w_out's input with a scale of its own, finer than one for a whole token: "
+    "other roundings of up to 1/254 of the largest activation in each layer. INT8 cache: a key or value in the middle "
+    "of two integers goes either way, after another order of summation. 0.014 and 0.009 were seen.",
 )
 ROW_ALONE_VS_BATCH = {
     "fp32": Tolerance(
