@@ -96,7 +96,7 @@ def pack_prompts(rows: Sequence[Sequence[int]], *, num_shards: int, num_stages: 
     chunk_tokens, together = CHUNK_TOKENS, 1
     if num_stages > 1:
         together = _CHUNKS_PER_STAGE * num_stages
-        longest = max(sum(map(len, rows[shard::num_shards])) for shard in range(num_shards))
+        longest = int(np.array([len(row) for row in rows]).reshape(num_shards, -1).sum(axis=1).max())
         chunk_tokens = min(CHUNK_TOKENS, max(_SMALLEST_CHUNK, bucket(-(-longest // together))))
     chunks = pack(rows, num_shards=num_shards, chunk_tokens=chunk_tokens)
     return [stack(chunks[first : first + together], num_shards=num_shards) for first in range(0, len(chunks), together)]
