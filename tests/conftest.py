@@ -5,7 +5,9 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import jaxtyping
@@ -59,6 +61,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _cache_folder in config.stash:
         shutil.rmtree(config.stash[_cache_folder], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module() -> Iterator[None]:
+    """Lets go of the compiled programs after each module: on a CPU one takes dozens of memory maps, and a process has
+    65,530 of them on Linux before XLA crashes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
