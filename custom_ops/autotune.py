@@ -248,7 +248,7 @@ def read_table(path: pathlib.Path, device: Device) -> Table:
         return {}
     except KeyError as error:
         problem = f"it has no {error}"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         problem = " ".join(str(error).split())
     _logger.warning("times of products in %s are ignored: %s", path, problem)
     return {}
@@ -257,7 +257,7 @@ def read_table(path: pathlib.Path, device: Device) -> Table:
 def save(device: Device, entries: Table) -> pathlib.Path:
     """Adds entries to the user's file of a device, in place of older ones, and returns its path.
 
-    The file is whole at any time.
+    The file is whole at any time. Without entries nothing is written but for a try.
 
     Raises:
         OSError: the file system refuses.
@@ -266,6 +266,10 @@ def save(device: Device, entries: Table) -> pathlib.Path:
     if _user_folder is None:
         raise ValueError("set_user_folder must come before save")
     path = _user_folder / file_name(device)
+    if not entries:  # only whether it could be written: what another library has measured stays
+        _user_folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=_user_folder).close()
+        return path
     table = {**read_table(path, device), **entries}
     records = [
         {

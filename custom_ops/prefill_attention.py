@@ -19,9 +19,10 @@ MAX_ATTENTION_ROWS = 1024  # with implementation "ffi"
 
 # The CUDA kernels list tiles of this many queries of a row, or of more.
 _MIN_TILE_QUERIES = 64
-# The reference takes this many queries of a row at a time, and so many rows together that their scores,
-# [rows, N, block, max_pages * page_len], take these bytes at most.
-_QUERY_BLOCK = 256
+# The reference takes tiles of this many queries of a row, and so many together, but no more than that, that their
+# scores, [tiles, N, block, max_pages * page_len], take these bytes at most.
+QUERY_BLOCK = 128
+_TILES_TOGETHER = 16
 SCORE_BYTES = 1 << 26
 
 
@@ -137,7 +138,7 @@ def prefill_attention_reference(
     *,
     max_new: int | None = None,
 ) -> tuple[Array, kv_pages.Pages, kv_pages.Pages]:
-    """`prefill_attention` in `jax.numpy`, a few rows at a time. Tokens of no row go to the scratch page."""
+    """`prefill_attention` in `jax.numpy`, a few tiles at a time. Tokens of no row go to the scratch page."""
     _, num_heads, page_len, head_dim = k_pages.shape
     (total_tokens, _), (batch, max_pages) = act.shape, page_table.shape
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
@@ -147,40 +148,46 @@ def prefill_attention_reference(
     cos, sin = (table[None, :, None, :] for table in rotary)
     q, k = apply_rotary(q, k, (cos, sin))
 
-    most = max_pages * page_len - lengths
-    row_of_token, index, is_valid = token_rows(begins, jnp.minimum(num_new, most), total_tokens)
+    num_new = jnp.clip(num_new, 0, jnp.maximum(max_pages * page_len - lengths, 0))
+    row_of_token, index, is_valid = token_rows(begins, num_new, total_tokens)
     positions = (lengths[row_of_token] + index)[:, None]
     where = (page_table[row_of_token], positions, is_valid[:, None])
     k_pages = kv_pages.append(k_pages, k.swapaxes(0, 1), *where)
     v_pages = kv_pages.append(v_pages, v.swapaxes(0, 1), *where)
 
-    block = min(max_new, _QUERY_BLOCK)
+    # In tiles of some queries of one row, as many as the rows need at most: a row without new tokens has none.
+    block = min(max_new, QUERY_BLOCK)
+    num_tiles = min(total_tokens // block + batch, batch * -(-max_new // block))
+    together = min(num_tiles, _TILES_TOGETHER, max(1, SCORE_BYTES // (4 * num_heads * block * max_pages * page_len)))
+    num_groups = -(-num_tiles // together)
+    ends = jnp.cumsum(-(-num_new // block))  # of the rows' tiles
+    first_tiles = ends - -(-num_new // block)
 
-    def attend_row(row: tuple[Array, ...]) -> Array:
-        page_ids, begin, length, count = row
-        is_token = kv_pages.valid_tokens(count[None], max_pages, page_len)[0]
+    def attend(tile: Array) -> Array:
+        row = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), batch - 1)
+        start = (tile - first_tiles[row]) * block
+        is_token = kv_pages.valid_tokens((lengths + num_new)[row][None], max_pages, page_len)[0]
         # A page that no token needs may be named by anything.
-        page_ids = jnp.where(is_token[:, 0], page_ids, k_pages.shape[0] - 1)
+        page_ids = jnp.where(is_token[:, 0], page_table[row], k_pages.shape[0] - 1)
         keys, values = (kv_pages.gather(pages, page_ids[None])[0] for pages in (k_pages, v_pages))
         values = kv_pages.mask_values(values, is_token[:, None])
+        queries = jnp.minimum(begins[row] + start + jnp.arange(block), total_tokens - 1)
+        scores = kv_pages.scores("tnh,mnph->tmnp", q[0, queries], keys) / math.sqrt(head_dim)
+        is_visible = kv_pages.valid_tokens(lengths[row] + start + 1 + jnp.arange(block), max_pages, page_len)
+        scores = jnp.where(is_visible[:, :, None], scores, -jnp.inf)
+        probs = jnp.exp(scores - jnp.max(scores, axis=(1, 3), keepdims=True))
+        out = kv_pages.weighted_sum("tmnp,mnph->tnh", probs, values)
+        return (out / jnp.sum(probs, axis=(1, 3))[..., None]).astype(act.dtype)
 
-        def attend_block(start: Array) -> Array:
-            queries = jnp.minimum(begin + start + jnp.arange(block), total_tokens - 1)
-            scores = kv_pages.scores("tnh,mnph->tmnp", q[0, queries], keys) / math.sqrt(head_dim)
-            is_visible = kv_pages.valid_tokens(length + start + 1 + jnp.arange(block), max_pages, page_len)
-            scores = jnp.where(is_visible[:, :, None], scores, -jnp.inf)
-            probs = jnp.exp(scores - jnp.max(scores, axis=(1, 3), keepdims=True))
-            out = kv_pages.weighted_sum("tmnp,mnph->tnh", probs, values)
-            return (out / jnp.sum(probs, axis=(1, 3))[..., None]).astype(act.dtype)
+    def attend_group(group: Array, out: Array) -> Array:
+        tiles = jax.vmap(attend)(group * together + jnp.arange(together))
+        return jax.lax.dynamic_update_slice_in_dim(out, tiles, group * together, axis=0)
 
-        blocks = jax.lax.map(attend_block, jnp.arange(0, max_new, block))
-        return blocks.reshape(-1, num_heads * head_dim)
-
-    row_bytes = 4 * num_heads * block * max_pages * page_len
-    together = min(batch, max(1, SCORE_BYTES // row_bytes))
-    rows = jax.lax.map(attend_row, (page_table, begins, lengths, lengths + num_new), batch_size=together)
     width = num_heads * head_dim
-    out = jnp.where(is_valid[:, None], rows[row_of_token, jnp.minimum(index, rows.shape[1] - 1)], act[:, :width])
+    out = jnp.zeros((num_groups * together, block, num_heads, head_dim), act.dtype)
+    out = jax.lax.fori_loop(0, -(-ends[-1] // together), attend_group, out)
+    place = first_tiles[row_of_token] * block + index
+    out = jnp.where(is_valid[:, None], out.reshape(-1, width)[jnp.where(is_valid, place, 0)], act[:, :width])
     return jnp.concatenate([out, act[:, width:]], axis=1), k_pages, v_pages
 
 

@@ -638,7 +638,7 @@ def quantize_model(
     nothing; here it is done ahead, and what was found for each layer is printed: the strength of smoothing, and the
     relative squared error of the product in INT8 with it and without.
     """
-    engine = _load(model, dtype, quant, calibration, True, None, "d1p1t1", 1)
+    engine = _load(model, dtype, quant, calibration, True, None, "d1p1t1", 1, needs_tokenizer=False)
     from kogpt_jax import demo, quantized_cache, smoothing  # here, so that --help need not import JAX
 
     source = demo.DIRECTORY if model == "demo" else pathlib.Path(model)
@@ -786,6 +786,7 @@ def _load(
     max_batch_size: int,
     implementation: _Choice = "auto",
     nan_guard: bool = False,
+    needs_tokenizer: bool = True,
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too, to name the option
         raise InputError(f"--max-batch-size must be at least 1, got {max_batch_size}")
@@ -802,7 +803,7 @@ def _load(
         nan_guard=nan_guard,
         progress=True,
     )
-    if engine.tokenizer is None:
+    if engine.tokenizer is None and needs_tokenizer:
         raise InputError(f"{model} has no tokenizer: expected tokenizer.json or a SentencePiece *.model in it")
     return engine
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from custom_ops import make_semaphores
@@ -89,6 +89,13 @@ class LayerInputs(NamedTuple):
     largest_out: Any  # [K]
     rows_in: Any  # [S, D]: those of single tokens
     rows_out: Any  # [S, K]
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "definition", "mesh"))
+def no_hidden(batch: int, *, definition: ModelDef, mesh: Mesh) -> Float[Array, "B D"]:
+    """What `prefill` takes first for ``last_hidden``, on the devices as it gives it back: or it is compiled twice."""
+    zeros = jnp.zeros((batch, definition.config.model_dim), jnp.float32)
+    return jax.lax.with_sharding_constraint(zeros, NamedSharding(mesh, _ROWS_BY_EMBED))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from custom_ops.prefill_attention import SCORE_BYTES
+from custom_ops.prefill_attention import QUERY_BLOCK, SCORE_BYTES
 from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding, smoothing
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
@@ -528,7 +528,7 @@ class KoGPT:
         rows = [_PADDING if request is None else request for request in slots]
         capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
         cache = kv_cache.make_kv_cache(self.config, self.mesh, len(rows), capacity)
-        last_hidden = jnp.zeros((len(rows), self.config.model_dim), jnp.float32)
+        last_hidden = decoding.no_hidden(len(rows), **self._static)
         prompts = [row.prompt_ids for row in rows]
         for chunks in pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"]):
             cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, chunks, **self._static)
@@ -548,17 +548,18 @@ class KoGPT:
         return pack_whole(rows, num_shards=self.mesh.shape["data"], num_chunks=num_chunks)
 
     def _scored_together(self, lens: Sequence[int]) -> Iterator[list[int]]:
-        """Groups texts that fit the device, long ones first, into as many tokens as prefill reads at a time."""
+        """Groups texts that fit the devices, long ones first, into as many tokens as prefill reads at a time."""
         group: list[int] = []
         free = self._free_bytes()
         for index in sorted(range(len(lens)), key=lambda index: lens[index], reverse=True):
             num_tokens = sum(lens[other] for other in group) + lens[index]
-            needed = self._score_bytes(num_tokens)
-            if group and (len(group) == self.max_batch_size or num_tokens > CHUNK_TOKENS or needed > free):
+            of_shard = max(lens[index], num_tokens // self.mesh.shape["data"])
+            needed = self._score_bytes(of_shard, len(group) + 1)
+            if group and (len(group) == self.max_batch_size or of_shard > CHUNK_TOKENS or needed > free):
                 yield group
                 group = []
             elif needed > free:
-                raise _too_large(f"prompt {index} of {num_tokens} tokens", needed, free)
+                raise _too_large(f"prompt {index} of {lens[index]} tokens", needed, free)
             group.append(index)
         yield group
 
@@ -597,20 +598,24 @@ class KoGPT:
         capacity, split = self.cache_capacity(lens), Split.of(self.mesh)
         cache = batch // self.mesh.shape["data"] * kv_cache.cache_bytes_per_row(self.config, capacity, split)
         num_tokens = min(sum(prompt_len for prompt_len, _ in lens), CHUNK_TOKENS)
-        return cache + self._forward_bytes(num_tokens) + 2 * batch * self.config.vocab_size * 4
+        return cache + self._forward_bytes(num_tokens, batch) + 2 * batch * self.config.vocab_size * 4
 
-    def _score_bytes(self, num_tokens: int) -> int:
+    def _score_bytes(self, num_tokens: int, num_rows: int) -> int:
         """Likewise of texts that are scored together."""
         config = self.config
-        scratch = 2 * kv_cache.cache_bytes_per_row(config, num_tokens) // config.num_layers  # pages may be half empty
-        return scratch + self._forward_bytes(num_tokens) + 2 * decoding.SCORE_BLOCK * config.vocab_size * 4
+        most_len = num_tokens + num_rows * kv_cache.PAGE_LEN  # a page of each row may be nearly empty
+        scratch = kv_cache.cache_bytes_per_row(config, most_len) // config.num_layers
+        logits = 2 * decoding.SCORE_BLOCK * config.vocab_size * 4
+        return scratch + self._forward_bytes(num_tokens, num_rows) + logits
 
-    def _forward_bytes(self, num_tokens: int) -> int:
-        """Largest activations of a forward over so many packed tokens."""
+    def _forward_bytes(self, num_tokens: int, num_rows: int) -> int:
+        """Largest activations of a forward over so many packed tokens of so many rows."""
         config, num_tokens = self.config, bucket(num_tokens)
         # A layer's products in the model's dtype, the residual stream in f32.
         widths = (4 * config.model_dim + 2 * config.ffn_dim) * config.jax_dtype.itemsize + 3 * config.model_dim * 4
         needed = num_tokens * widths + 2 * SCORE_BYTES
+        # Attention's output, tile by tile: a tile of each row may be nearly empty.
+        needed += 3 * (num_tokens + num_rows * QUERY_BLOCK) * config.model_dim * config.jax_dtype.itemsize
         if config.quant != "none":
             # Of a product over whole sequences: a tile of its weights in the dtype, and the tile's sums in f32.
             needed += model.TILE_SIZE * (config.jax_dtype.itemsize + num_tokens * 4 // config.model_dim)

@@ -1,14 +1,20 @@
 """What a reader needs to judge a measured figure (machine, device, versions, commit), and the file that holds both."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+
+from kogpt_jax.errors import InputError, one_line
 
 _PACKAGES = ("kogpt-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "transformers")
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -36,12 +42,42 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(path: pathlib.Path | None, result: dict[str, Any]) -> None:
-    """Writes a result as JSON, whole whenever the run ends; without a path nothing."""
+    """Writes a result as JSON, whole whenever the run ends; without a path nothing.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     if path is not None:
+        with _beside(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """That a result can be written: asked before hours of measuring.
+
+    Raises:
+        InputError: it cannot.
+    """
+    with _beside(path):
+        if path.is_dir():
+            raise InputError(f"{path} cannot be written: it is a folder")
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file of its own in the path's folder, gone afterwards unless it was renamed."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.rename(path)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        os.chmod(name, 0o644)  # mkstemp's are closed to others
+        try:
+            yield pathlib.Path(name)
+        finally:
+            pathlib.Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or one_line(error)}") from error
 
 
 def _commit() -> str | None:

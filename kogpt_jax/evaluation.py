@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from custom_ops import library_info
 from kogpt_jax import checkpoint, decoding, demo, kv_cache, runtime, smoothing
 from kogpt_jax.config import Dtype, ModelConfig, Quant
 from kogpt_jax.engine import KoGPT, perplexity
-from kogpt_jax.environment import environment, write_result
+from kogpt_jax.environment import check_writable, environment, write_result
 from kogpt_jax.errors import InputError
 from kogpt_jax.json_files import read_json_object
 from kogpt_jax.model import model_def
@@ -155,6 +156,8 @@ def measure_perplexity(
         if MODES[name].is_smoothed and task.calibration is None:
             raise InputError(f"mode {name} needs a calibration text")
     runtime.configure()
+    if result_file is not None:
+        check_writable(result_file)
     source = _Source(task)
     windows = source.windows()
     result = {
@@ -227,6 +230,9 @@ class _Source:
             "weights": {
                 path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in find_weight_files(self.directory)
             },
+            "config": dataclasses.asdict(self.config) | {"eos_token_ids": list(self.config.eos_token_ids)},
+            "tokenizer_sha256": smoothing.tokenizer_digest(self.tokenizer),
+            "libraries": {info.name: info.source_hash for info in library_info() if info.problem is None},
             "text": {"name": task.text.name, **self.text.identity},
             "per_line": task.per_line,
             "max_documents": task.max_documents,

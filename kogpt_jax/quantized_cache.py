@@ -8,6 +8,7 @@ wins. Entries are for this machine only: what is derived from weights has the we
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -77,6 +78,7 @@ def load_leaves(
             return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
         except InputError as error:
             _logger.warning("quantised weights are made anew: %s", error)
+    _discard(entry)  # before the time that making takes: then another process's may be there
     report = None
     if calibration is None:
         leaves = checkpoint.load_leaves(source, config, mesh, progress=progress)
@@ -84,7 +86,6 @@ def load_leaves(
         leaves, chosen = smoothing.make_leaves(source, config, calibration, progress=progress)
         report = _smoothing_report(record, calibration, chosen)
     try:
-        _discard(entry)
         with renamed_when_complete(entry) as temporary:
             checkpoint.write_leaves(temporary, config, leaves, Split.of(mesh) if report is None else ONE_DEVICE)
             write_json(temporary / "config.json", config.to_hf_dict() | {"quantization_config": record})
@@ -139,8 +140,14 @@ def _record(source: pathlib.Path, config: ModelConfig, calibration: Calibration 
         # The path too: files of two models may have one size, and archives that set every time to the same are common.
         "source": str(source),
         "files": {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in files},
-        **({} if calibration is None else {"calibration": calibration.record}),
+        **({} if calibration is None else {"calibration": calibration.record | {"model": _model_record(config)}}),
     }
+
+
+def _model_record(config: ModelConfig) -> dict[str, Any]:
+    """What of a configuration calibration depends on."""
+    fields = dataclasses.asdict(smoothing.unquantized(config, "fp32"))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _smoothing_report(

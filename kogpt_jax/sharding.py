@@ -39,7 +39,7 @@ class Split(NamedTuple):
     """How a model's parameters are cut: its layers into stages along "pipe", each layer into shards along "tensor".
 
     Block j of stage s is layer ``s * layers_per_stage + j``. Where the layers do not fill the last stages, the blocks
-    that are left over hold zeros and are never run.
+    that are left over hold zeros, which add nothing to the residual stream.
 
         7 layers, 4 stages  ->  0 1 | 2 3 | 4 5 | 6 -
     """

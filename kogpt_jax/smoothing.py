@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Float32
 from custom_ops import numerics, quantize_weight
 from custom_ops.quantization import dequantize
 from kogpt_jax import checkpoint, decoding
-from kogpt_jax.config import ModelConfig
+from kogpt_jax.config import Dtype, ModelConfig
 from kogpt_jax.decoding import LayerInputs
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def, quantized_as
@@ -91,9 +91,16 @@ class Calibration:
     @property
     def record(self) -> dict[str, Any]:
         """All that a smoothed model depends on beside its weights, as JSON has it."""
-        tokenizer = hashlib.sha256(self.tokenizer.path.read_bytes()).hexdigest()
         settings = dataclasses.asdict(self.settings) | {"strengths": list(self.settings.strengths)}
-        return self.text.identity | settings | {"tokenizer_sha256": tokenizer}
+        return self.text.identity | settings | {"tokenizer_sha256": tokenizer_digest(self.tokenizer)}
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of all files that say how a text becomes token ids."""
+    digest = hashlib.sha256()
+    for path in tokenizer.files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def read_calibration(path: str | os.PathLike[str], tokenizer: Tokenizer | None) -> Calibration:
@@ -124,7 +131,7 @@ def make_leaves(
     Raises:
         InputError: what `checkpoint.load_leaves` refuses.
     """
-    stored = dataclasses.replace(config, dtype=checkpoint.stored_dtype(source), quant="none", has_multiplier=False)
+    stored = unquantized(config, checkpoint.stored_dtype(source))
     windows = text_windows(calibration, config.max_len)
     mesh = make_mesh()
     leaves = checkpoint.load_leaves(source, stored, mesh, progress=progress)
@@ -132,6 +139,11 @@ def make_leaves(
     del leaves
     chosen = smooth(stored, by_path, mesh, windows, calibration.settings, progress=progress)
     return quantized_leaves(config, by_path, mesh), chosen
+
+
+def unquantized(config: ModelConfig, dtype: Dtype) -> ModelConfig:
+    """What a model is calibrated as, however it will run: without INT8 anywhere."""
+    return dataclasses.replace(config, dtype=dtype, quant="none", kv_dtype=None, has_multiplier=False)
 
 
 def smooth(
@@ -197,11 +209,17 @@ def quantized_leaves(config: ModelConfig, by_path: dict[str, Array], mesh: Mesh)
 
 def text_windows(calibration: Calibration, max_len: int) -> list[list[int]]:
     """The token ids that are read of a text: its lines one after another, cut into windows of at most ``max_len``, of
-    which as many as the settings say are taken, spread evenly over the text."""
+    which as many as the settings say are taken, spread evenly over the text.
+
+    Raises:
+        InputError: the text has no token.
+    """
     tokenizer, settings = calibration.tokenizer, calibration.settings
     stream: list[int] = []
     for document in line_documents(calibration.text.text, tokenizer):
         stream += document[1:] if stream and tokenizer.eos_id is not None else document
+    if not stream:
+        raise InputError(f"calibration {calibration.text.path} holds no token of the model's tokenizer")
     width = min(settings.window, max_len)
     windows = [stream[first : first + width] for first in range(0, len(stream), width)]
     count = min(len(windows), max(1, settings.num_tokens // width))

@@ -406,6 +406,10 @@ def test_saving_adds_to_the_file_and_replaces_it_whole(folder, monkeypatch):
 
 def test_a_file_of_other_kernels_is_replaced(folder):
     path = autotune.save(dataclasses.replace(DEVICE, source_hash="old"), {KEY: ENTRY})
+    before = path.read_bytes()
+    assert autotune.save(DEVICE, {}) == path  # a try
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
     other = dataclasses.replace(KEY, rows=256)
     assert autotune.save(DEVICE, {other: ENTRY}) == path
     assert autotune.read_table(path, DEVICE) == {other: ENTRY}

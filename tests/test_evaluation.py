@@ -266,3 +266,15 @@ def test_what_an_int8_cache_costs_the_demo_model(outliers):
         assert more["bf16-kv8", phase] <= 0.3
         assert more["w8a16-kv8", phase] <= 0.3
         assert more["w8a8-smoothed-kv8", phase] <= 1
+
+
+@pytest.mark.parametrize("name", ["folder", "file/result.json"])
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    text = tmp_path / "text.txt"
+    text.write_text("정말 재미있는 영화였다\n", encoding="utf-8")
+    monkeypatch.setattr(evaluation, "_Source", None)
+    with pytest.raises(InputError, match="cannot be written"):
+        measure_perplexity(PerplexityTask(model="demo", text=text), ["fp32"], tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "text.txt"]

@@ -91,7 +91,7 @@ def test_reference_in_blocks_of_queries_and_without_a_bound(monkeypatch):
     arguments = arguments_of(case)
     whole = run(arguments, "reference")
     # The package's name for the module is the op's.
-    monkeypatch.setattr(sys.modules["custom_ops.prefill_attention"], "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(sys.modules["custom_ops.prefill_attention"], "QUERY_BLOCK", 16)
     module = dict.fromkeys(("out", "k"), tolerances.MODULE["fp32"])
     oracle = oracle_of(case, arguments)
     check_result(case, arguments, whole, oracle, module, "whole")

@@ -1,6 +1,7 @@
 """SmoothQuant: it changes no function, it takes outliers out of activations, and what it makes is kept."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -437,3 +438,23 @@ def test_calibration_is_for_w8a8_and_takes_a_tokenizer(directory, text, tmp_path
         (bare / name).write_bytes((directory / name).read_bytes())
     with pytest.raises(InputError, match=r"calibration .*text.txt needs a tokenizer"):
         load(bare, text)
+
+
+def test_the_cache_of_a_run_does_not_change_what_is_smoothed(tmp_path, monkeypatch):
+    """An entry serves models with a 16-bit and an INT8 cache: it is calibrated as one that has no INT8."""
+    text = tmp_path / "text.txt"
+    text.write_text("정말 재미있는 영화였다\n배우들의 연기가 좋다\n", encoding="utf-8")
+    load = functools.partial(KoGPT.from_pretrained, "demo", dtype="fp32", quant="w8a8", calibration=text)
+    leaves = [load(kv_dtype=kv_dtype, keep_quantized=False).leaves for kv_dtype in (None, "int8")]
+    for leaf, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_a_calibration_text_without_a_token_is_refused(monkeypatch, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("정말\n", encoding="utf-8")
+    tokenizer = KoGPT.from_pretrained("demo", dtype="fp32").tokenizer
+    calibration = smoothing.read_calibration(text, tokenizer)
+    monkeypatch.setattr(smoothing, "line_documents", lambda text, tokenizer: [[]])
+    with pytest.raises(InputError, match="holds no token"):
+        smoothing.text_windows(calibration, 512)
