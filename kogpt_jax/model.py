@@ -2,7 +2,7 @@
 
 Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes
 queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
-`psum` follows. Prompts and texts to be scored are packed, the tokens of all rows one after another, so that nothing is
+`psum` follows. Prompts and texts to be scored are packed, the tokens of all rows one after another, so that little is
 computed for padding; only `custom_ops.prefill_attention` looks at rows. A decode step calls `custom_ops`, whose kernels
 do a layer in three calls.
 

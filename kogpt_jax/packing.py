@@ -1,4 +1,4 @@
-"""Rows of tokens to the packed arrays that the phases over whole sequences read: nothing is computed for padding.
+"""Rows of tokens to the packed arrays that the phases over whole sequences read: little is computed for padding.
 
     rows a a a | b b | c, 4 tokens a chunk
 
