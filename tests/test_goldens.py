@@ -14,6 +14,7 @@ from golden_cases import CASES, GOLDENS, NEW_TOKENS, GoldenCase
 from kogpt_jax import Completion, KoGPT, SamplingParams
 from kogpt_jax.config import Dtype, ModelConfig, Quant
 from kogpt_jax.errors import InputError
+from kogpt_jax.model import model_def
 
 MANIFEST = json.loads((GOLDENS / "manifest.json").read_text(encoding="utf-8"))
 CHEAPEST_CASE = next(case for case in CASES if case.name == "one_layer")  # to compile
@@ -143,10 +144,11 @@ def test_greedy_text_ends_at_eos_as_hugging_face_ends(loaded: Loaded) -> None:
 class Perturbation:
     """A change of one config field, over unchanged weights, and what it must do."""
 
-    effect: Literal["refused", "logits", "text"]
+    effect: Literal["refused", "logits", "text", "parameters"]
     hf_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Dtype = "fp32"
     quant: Quant = "none"
+    kv_dtype: str | None = None
 
 
 # Per field of ModelConfig. PERTURBED_CASE has 2 layers of 2 heads of 24, all of it rotary, and an FFN of 4 x 48.
@@ -162,6 +164,8 @@ PERTURBATIONS = {
     "eos_token_ids": [Perturbation("text", {"eos_token_id": None})],
     "dtype": [Perturbation("logits", dtype="bf16"), Perturbation("logits", dtype="fp16")],
     "quant": [Perturbation("logits", quant="w8a16"), Perturbation("logits", quant="w8a8")],
+    "kv_dtype": [Perturbation("logits", kv_dtype="int8")],
+    "has_multiplier": [Perturbation("parameters")],  # which are made with it (test_smoothing.py)
 }
 
 
@@ -191,7 +195,15 @@ def test_every_config_field_matters(field: str, unperturbed: KoGPT, tmp_path: pa
             with pytest.raises(InputError):
                 KoGPT.from_pretrained(directory, dtype=perturbation.dtype)
             continue
-        engine = KoGPT.from_pretrained(directory, dtype=perturbation.dtype, quant=perturbation.quant)
+        if perturbation.effect == "parameters":
+            config = unperturbed.config
+            changes: dict[str, Any] = {field: not getattr(config, field)}
+            other = dataclasses.replace(config, **changes)
+            assert model_def(other).params != model_def(config).params
+            continue
+        engine = KoGPT.from_pretrained(
+            directory, dtype=perturbation.dtype, quant=perturbation.quant, kv_dtype=perturbation.kv_dtype
+        )
         changed = [
             name.name
             for name in dataclasses.fields(ModelConfig)
