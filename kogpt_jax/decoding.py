@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple, TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ class Emitted:
 
 
 _Decoding = tuple[DecodeState, tuple[Array, ...]]  # with what it has emitted
-_Scratch = tuple[tuple[tuple[Pages, ...], ...], Array]
+_Scratch = tuple[tuple[tuple[Pages, ...], ...], Array]  # pages of keys and of values, and results
+_Carry = TypeVar("_Carry")
 
 
 class LayerInputs(NamedTuple):
@@ -135,15 +136,7 @@ def prefill(
             last_hidden = jnp.where(packed.num_new[:, None] > 0, last, last_hidden)
             return x, (dataclasses.replace(after, lengths=cache.lengths), last_hidden)
 
-        _, (cache, last_hidden) = run_ticks(
-            num_stages,
-            range(num_chunks + num_stages - 1),
-            lambda number, _: model.embed(_chunk(chunks, number).tokens),
-            run,
-            None,
-            _empty_flight(chunks.tokens.shape[1], definition),
-            (cache, last_hidden),
-        )
+        cache, last_hidden = _run_chunks(model, chunks, run, None, (cache, last_hidden), definition)
         return dataclasses.replace(cache, lengths=lengths[-1]), from_last_stage(last_hidden, num_stages)
 
     cache_spec = cache_specs(definition.config, definition.layers_per_stage)
@@ -325,7 +318,7 @@ def _read_whole(
 ) -> Float[Array, "C T *result"]:
     """What ``result`` makes of the residual stream of each chunk. Its rows begin in it and are not gone on with, so
     that all layers of a stage share the pages of one."""
-    config, num_stages = model.config, definition.split.num_stages
+    config = model.config
     num_chunks, num_tokens = chunks.tokens.shape
     pages = _scratch_pages(num_tokens, chunks.begins.shape[1], definition)
 
@@ -333,8 +326,7 @@ def _read_whole(
         # Where there is no chunk, one is read again: nobody looks at the pages or at what comes out.
         (k, v), results = carry
         packed = _chunk(chunks, number)
-        cache = KVCache(k=k, v=v, page_table=_scratch_page_table(packed), lengths=jnp.zeros_like(packed.num_new))
-        x, cache = model.prefill(x, packed, cache)
+        x, cache = model.prefill(x, packed, _scratch_cache(k, v, packed))
         return x, ((cache.k, cache.v), results)
 
     def leave(number: Any, x: Array, carry: _Scratch) -> _Scratch:
@@ -345,7 +337,13 @@ def _read_whole(
 
     shape = jax.eval_shape(result, jax.ShapeDtypeStruct((num_tokens, config.model_dim), jnp.float32), _chunk(chunks, 0))
     carry: _Scratch = (((pages,), (pages,)), jnp.zeros((num_chunks, *shape.shape), shape.dtype))
-    _, (_, results) = run_ticks(
+    return _run_chunks(model, chunks, run, leave, carry, definition)[1]
+
+
+def _run_chunks(model: GPTJ, chunks: Packed, run: Any, leave: Any, carry: _Carry, definition: ModelDef) -> _Carry:
+    """All chunks through all stages (`run_ticks`), with nothing in flight before and after."""
+    num_stages, (num_chunks, num_tokens) = definition.split.num_stages, chunks.tokens.shape
+    _, carry = run_ticks(
         num_stages,
         range(num_chunks + num_stages - 1),
         lambda number, _: model.embed(_chunk(chunks, number).tokens),
@@ -354,7 +352,7 @@ def _read_whole(
         _empty_flight(num_tokens, definition),
         carry,
     )
-    return results
+    return carry
 
 
 def _scratch_pages(num_tokens: int, num_rows: int, definition: ModelDef) -> Pages:
@@ -364,11 +362,12 @@ def _scratch_pages(num_tokens: int, num_rows: int, definition: ModelDef) -> Page
     return make_pages(definition.config, num_pages, definition.config.num_heads // definition.split.num_shards)
 
 
-def _scratch_page_table(packed: Packed) -> Int[Array, "B max_pages"]:
-    """The rows' pages one after another."""
+def _scratch_cache(k: tuple[Pages, ...], v: tuple[Pages, ...], packed: Packed) -> KVCache:
+    """An empty cache over these pages, those of the rows one after another."""
     row_pages = -(-packed.num_new // PAGE_LEN)
     first_pages = jnp.cumsum(row_pages) - row_pages
-    return first_pages[:, None] + jnp.arange(pages_per_row(packed.max_len), dtype=jnp.int32)
+    page_table = first_pages[:, None] + jnp.arange(pages_per_row(packed.max_len), dtype=jnp.int32)
+    return KVCache(k=k, v=v, page_table=page_table, lengths=jnp.zeros_like(packed.num_new))
 
 
 def _over_chunks(
@@ -418,9 +417,7 @@ def layer_inputs(
 
         model = definition.merge(leaves)
         pages = _scratch_pages(packed.tokens.shape[0], packed.begins.shape[0], definition)
-        page_table, lengths = _scratch_page_table(packed), jnp.zeros_like(packed.num_new)
-        cache = KVCache(k=(pages,), v=(pages,), page_table=page_table, lengths=lengths)
-        model.prefill(model.embed(packed.tokens), packed, cache, watch)
+        model.prefill(model.embed(packed.tokens), packed, _scratch_cache((pages,), (pages,), packed), watch)
         return found
 
     return jax.shard_map(

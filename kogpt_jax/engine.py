@@ -28,7 +28,16 @@ from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
 from kogpt_jax.nan_guard import NanGuard
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
-from kogpt_jax.packing import CHUNK_TOKENS, Packed, bucket, deal, pack_prompts, pack_whole, power_bucket
+from kogpt_jax.packing import (
+    CHUNK_TOKENS,
+    Packed,
+    bucket,
+    deal,
+    num_whole_chunks,
+    pack_prompts,
+    pack_whole,
+    power_bucket,
+)
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import Split
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
@@ -369,8 +378,7 @@ class KoGPT:
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
             self._forget_found()
-            num_stages = self.mesh.shape["pipe"]
-            num_chunks = 1 if num_stages == 1 else min(power_bucket(len(group), 1), 4 * num_stages)
+            num_chunks = num_whole_chunks(len(group), self.mesh.shape["pipe"])
             num_parts = num_chunks * self.mesh.shape["data"]
             slots = deal(group, num_parts)
             chunks = self._pack_whole([None if text is None else rows[text] for text in slots], num_chunks)

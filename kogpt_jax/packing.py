@@ -102,6 +102,11 @@ def pack_prompts(rows: Sequence[Sequence[int]], *, num_shards: int, num_stages: 
     return [stack(chunks[first : first + together], num_shards=num_shards) for first in range(0, len(chunks), together)]
 
 
+def num_whole_chunks(num_rows: int, num_stages: int) -> int:
+    """How many chunks of `pack_whole` keep a pipeline full; one over one stage."""
+    return 1 if num_stages == 1 else min(power_bucket(num_rows, 1), _CHUNKS_PER_STAGE * num_stages)
+
+
 def pack_whole(rows: Sequence[Sequence[int]], *, num_shards: int, num_chunks: int) -> Packed:
     """Rows that are read at once and not gone on with, as stacked chunks of whole rows.
 
