@@ -26,6 +26,7 @@ from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cac
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
+from kogpt_jax.kv_cache import KVCache
 from kogpt_jax.nan_guard import NanGuard
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
 from kogpt_jax.packing import (
@@ -159,6 +160,7 @@ class KoGPT:
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
+        self._kept_cache: KVCache | None = None  # the last batch's, for the next one if it is alike
 
     @classmethod
     def from_pretrained(
@@ -356,6 +358,7 @@ class KoGPT:
         """Logits in f32 of every position of one sequence."""
         slots = deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"])
         chunks = self._pack_whole(slots, 1)
+        self._kept_cache = None
         logits = decoding.all_logits(self.leaves, chunks, **self._static)
         return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
@@ -518,28 +521,42 @@ class KoGPT:
         state, emitted = self._prefill(slots)
         most = max(request.max_new_tokens for request in slots if request is not None)
         num_dispatched = 1
-        under_way = collections.deque([emitted])
-        while True:
-            while num_dispatched < most and len(under_way) < self._chunks_in_flight:
-                state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **self._static)
-                under_way.append(emitted)
-                num_dispatched += STEPS_PER_CHUNK
-            if not under_way:
-                return
-            emitted = under_way.popleft()
-            yield emitted
-            if emitted.all_done:
-                return
+        under_way = collections.deque([_fetched(emitted)])
+        try:
+            while True:
+                while num_dispatched < most and len(under_way) < self._chunks_in_flight:
+                    state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **self._static)
+                    under_way.append(_fetched(emitted))
+                    num_dispatched += STEPS_PER_CHUNK
+                if not under_way:
+                    return
+                emitted = under_way.popleft()
+                yield emitted
+                if emitted.all_done:
+                    return
+        finally:
+            self._kept_cache = state.cache
+
+    def _take_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache whose contents mean nothing: the last batch's if it fits, which saves making one."""
+        kept, self._kept_cache = self._kept_cache, None
+        if kept is not None and (kept.page_table.shape[0], kept.max_len) != (batch, capacity):
+            kept = None
+        if kept is not None and not any(array.is_deleted() for array in jax.tree.leaves(kept)):  # as after an error
+            return kept
+        return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
 
     def _prefill(self, slots: Sequence[_Request | None]) -> tuple[DecodeState, Emitted]:
         """Reads the prompts of a batch into a new cache and samples their first tokens; None is a row of padding."""
         rows = [_PADDING if request is None else request for request in slots]
         capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
-        cache = kv_cache.make_kv_cache(self.config, self.mesh, len(rows), capacity)
+        cache = self._take_cache(len(rows), capacity)
         last_hidden = decoding.no_hidden(len(rows), **self._static)
         prompts = [row.prompt_ids for row in rows]
-        for chunks in pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"]):
-            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, chunks, **self._static)
+        calls = pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"])
+        for call, chunks in enumerate(calls):
+            is_first = np.bool_(call == 0)
+            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, is_first, chunks, **self._static)
         return decoding.start_decode(
             self.leaves,
             cache,
@@ -559,6 +576,7 @@ class KoGPT:
         """Groups texts that fit the devices, long ones first, into as many tokens as prefill reads at a time."""
         group: list[int] = []
         free = self._free_bytes()
+        self._kept_cache = None
         for index in sorted(range(len(lens)), key=lambda index: lens[index], reverse=True):
             num_tokens = sum(lens[other] for other in group) + lens[index]
             of_shard = max(lens[index], num_tokens // self.mesh.shape["data"])
@@ -630,9 +648,17 @@ class KoGPT:
         return needed
 
     def _free_bytes(self) -> float:
-        """Memory left on the fullest device; on a CPU what the host has available."""
+        """Memory left on the fullest device once the kept cache has gone; on a CPU what the host has available."""
         stats = [device.memory_stats() for device in self.mesh.local_devices]
-        return min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+        kept = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(self._kept_cache))
+        return kept + min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+
+
+def _fetched(emitted: Emitted) -> Emitted:
+    """On its way to the host as soon as it is there."""
+    for array in jax.tree.leaves(emitted):
+        array.copy_to_host_async()
+    return emitted
 
 
 def perplexity(nats: float) -> float:
