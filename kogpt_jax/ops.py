@@ -38,7 +38,6 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     `prefill_attention` and `mixed_gemm`, which "auto" leaves to XLA until whole prefills with them have been timed.
     For the layers' products of whole sequences with INT8 weights "auto" takes what was the fastest, where this device
     has been timed with such products (`custom_ops.autotune`).
-    An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
 
     Raises:
         InputError: an unknown choice, or "ffi" where it cannot work, with the reason.

@@ -68,12 +68,6 @@ __device__ __forceinline__ void StoreShared(uint32_t address, uint4 value) {
                : "memory");
 }
 
-__device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
 __device__ __forceinline__ uint2 LoadSharedPair(uint32_t address) {
   uint2 value;
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];\n"
@@ -346,6 +340,12 @@ struct HopperShared {
 };
 
 #if __CUDA_ARCH__ == 900
+
+__device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void RaiseRegisters() {
