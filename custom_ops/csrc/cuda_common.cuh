@@ -178,6 +178,53 @@ __device__ __forceinline__ uint4 Pack(const float (&values)[8]) {
       Pair<T>::FromFloats(values[4], values[5]), Pair<T>::FromFloats(values[6], values[7]));
 }
 
+// Rounding to INT8 as `quantize_weight` does it: max |.| / 127 is the scale (1 for zeros), halves go to
+// even.
+
+// Of magnitudes. As integers, because NaN is then above infinity, not left out.
+struct Largest {
+  __device__ __forceinline__ float operator()(float a, float b) const {
+    return __uint_as_float(max(__float_as_uint(a), __float_as_uint(b)));
+  }
+};
+
+__device__ __forceinline__ float Int8Scale(float largest) {
+  return largest == 0.0f ? 1.0f : __fdiv_rn(largest, 127.0f);
+}
+
+// Divides by the scale and rounds four values to bytes.
+class Int8Rounding {
+ public:
+  __device__ __forceinline__ explicit Int8Rounding(float scale)
+      : scale_(scale), inverse_(1.0f / scale), is_normal_(scale > 0x1p-100f) {}
+
+  __device__ __forceinline__ uint32_t Round4(const float* values) const {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float quotient;
+      if (is_normal_) {
+        // The quotient's nearest value (Markstein 1990), for a fraction of a division's price.
+        // Its magnitude is below 127.5.
+        const float estimate = __fmul_rn(values[i], inverse_);
+        const float rest = __fmaf_rn(-estimate, scale_, values[i]);
+        quotient = __fmaf_rn(rest, inverse_, estimate);
+      } else {
+        quotient = fminf(fmaxf(__fdiv_rn(values[i], scale_), -127.0f), 127.0f);
+      }
+      // The sum's last bits are the integer: with 1.5 * 2^23 there is no place for a fraction.
+      words[i] = __float_as_uint(__fadd_rn(quotient, 12582912.0f));
+    }
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0040),
+                       __byte_perm(words[2], words[3], 0x0040), 0x5410);
+  }
+
+ private:
+  float scale_;
+  float inverse_;
+  bool is_normal_;
+};
+
 // sums += A B for 16 rows of A, 8 columns of B and 16 k, in f32; operands as the instruction m16n8k16
 // has them: four registers of A, two of B.
 template <typename T>
