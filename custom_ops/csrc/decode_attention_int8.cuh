@@ -283,7 +283,9 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
                      place * static_cast<float>(sums[2] + 256 * sums[3])};
 #pragma unroll
     for (int i = 0; i < 2; ++i) pair[i] += __shfl_xor_sync(0xffffffffu, pair[i], 1);
-    const float score = (member % 2 == 0 ? pair[0] : pair[1]) * (score_step * k_scale);
+    // NaN for a scale that is not finite: an infinite score might count for none.
+    const float score =
+        (member % 2 == 0 ? pair[0] : pair[1]) * (score_step * k_scale) + 0.0f * k_scale;
     if (member < 2) {
       const int key = warp * kGroupKeys + scale_key;
       scores[buffer][key] = make_float2(key <= new_key ? score : -INFINITY, v_scale);
