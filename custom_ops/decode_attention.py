@@ -68,7 +68,7 @@ def decode_attention(
         prefetch_cache: a promise that no kernel just ahead writes the pages or the page table (in a decode step the op
             before is a product): the CUDA kernel may then read them while the kernel ahead still runs.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": head_dim 64, 128 or 256; page_len a multiple of
-            16; fp16 and bf16 on CUDA, f32 and INT8 pages too on a CPU.
+            16; fp16 and bf16, on a CPU f32 too.
 
     Returns:
         (act, k_pages, v_pages, semaphores).

@@ -198,7 +198,10 @@ struct Largest {
   }
 };
 
+// NaN if `largest` is not finite: times the rounded values infinity might be a score of minus infinity,
+// which does not show.
 __device__ __forceinline__ float Int8Scale(float largest) {
+  largest += largest - largest;
   return largest == 0.0f ? 1.0f : __fdiv_rn(largest, 127.0f);
 }
 

@@ -67,8 +67,7 @@ __device__ __forceinline__ uint2 Quantize(uint4 bits, float* scale) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) largest = Largest()(largest, fabsf(values[i]));
   largest = LargestOfHead<kLanes>(largest);
-  // NaN where it is infinite: a score of minus infinity would not show.
-  *scale = Int8Scale(largest + (largest - largest));
+  *scale = Int8Scale(largest);
   const Int8Rounding rounding(*scale);
   return make_uint2(rounding.Round4(values), rounding.Round4(values + 4));
 }
