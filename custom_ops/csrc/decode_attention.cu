@@ -209,11 +209,12 @@ int64_t SplitsOf(const DecodeAttentionParams& params) {
 }
 
 template <auto kKernel, int kHeadDim>
-const char* LaunchKernel(const DecodeAttentionParams& params, int threads,
+const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int shared_bytes,
                          int blocks_per_multiprocessor, cudaStream_t stream) {
   constexpr int kPartBytes = (kHeadDim + 2) * static_cast<int>(sizeof(float));
-  const KernelTraits& traits = TraitsOf<kKernel>(
-      [](bool is_hopper) { return is_hopper ? kMaxClusterParts * kPartBytes : 0; });
+  const KernelTraits& traits = TraitsOf<kKernel>([shared_bytes](bool is_hopper) {
+    return shared_bytes + (is_hopper ? kMaxClusterParts * kPartBytes : 0);
+  });
   if (traits.error != cudaSuccess) return MessageOf(traits.error);
   DecodeAttentionArgs args;
   args.qkv = params.qkv;
@@ -247,8 +248,8 @@ const char* LaunchKernel(const DecodeAttentionParams& params, int threads,
   args.prefetch_cache = params.prefetch_cache;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(params.num_heads),
                   static_cast<unsigned>(params.batch));
-  return MessageOf(Launch<kKernel>(traits, grid, threads,
-                                   args.is_cluster ? args.max_splits * kPartBytes : 0, stream, args,
+  if (args.is_cluster) shared_bytes += args.max_splits * kPartBytes;
+  return MessageOf(Launch<kKernel>(traits, grid, threads, shared_bytes, stream, args,
                                    args.is_cluster ? static_cast<int>(splits) : 1));
 }
 
@@ -256,9 +257,10 @@ template <typename T, int kHeadDim>
 const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t stream) {
   return params.k_scales != nullptr
              ? LaunchKernel<DecodeAttentionInt8Kernel<T, kHeadDim>, kHeadDim>(
-                   params, int8::kThreads, int8::kBlocksPerMultiprocessor, stream)
+                   params, int8::kThreads, 3 * int8::Tile<kHeadDim>::kBytes,
+                   int8::kBlocksPerMultiprocessor, stream)
              : LaunchKernel<DecodeAttentionKernel<T, kHeadDim>, kHeadDim>(
-                   params, kThreads, kBlocksPerMultiprocessor, stream);
+                   params, kThreads, 0, kBlocksPerMultiprocessor, stream);
 }
 
 template <typename T>

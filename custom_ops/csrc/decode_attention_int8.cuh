@@ -71,15 +71,29 @@ __device__ __forceinline__ uint32_t SignedDigits(float value) {
 template <int kBytes>
 __device__ __forceinline__ void LoadBytes(const int8_t* from, uint32_t (&words)[(kBytes + 3) / 4]) {
   if constexpr (kBytes == 8) {
-    const uint2 bits = __ldcg(reinterpret_cast<const uint2*>(from));
+    const uint2 bits = *reinterpret_cast<const uint2*>(from);
     words[0] = bits.x;
     words[1] = bits.y;
   } else if constexpr (kBytes == 4) {
-    words[0] = __ldcg(reinterpret_cast<const uint32_t*>(from));
+    words[0] = *reinterpret_cast<const uint32_t*>(from);
   } else {
-    words[0] = __ldcg(reinterpret_cast<const unsigned short*>(from));
+    words[0] = *reinterpret_cast<const uint16_t*>(from);
   }
 }
+
+// Keys or values of a split in shared memory: 16-byte pieces of a key change places so that what a
+// warp reads at a time, of neighbouring keys, lies in different banks.
+template <int kHeadDim>
+struct Tile {
+  static constexpr int kPieces = kHeadDim / 16;  // of a key
+  static constexpr int kBytes = kSplitKeys * kHeadDim;
+
+  // Where byte `dim` of a key is.
+  static __device__ __forceinline__ int At(int key, int dim) {
+    const int swapped = ((key & 1) * 4 | (key & 2)) & (kPieces - 1);
+    return key * kHeadDim + ((dim / 16) ^ swapped) * 16 + dim % 16;
+  }
+};
 
 template <class Combine>
 __device__ __forceinline__ float WarpReduce(float value, Combine combine) {
@@ -105,11 +119,12 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
   __shared__ alignas(16) int8_t q_digits[4][kPadded];
   __shared__ alignas(16) int8_t new_rows[2][kHeadDim];  // of the new token: k, v
   __shared__ float new_scales[2];
-  __shared__ float score_step;              // of q's last digit, with log2(e) / sqrt(head_dim)
-  __shared__ float2 scores[2][kSplitKeys];  // with the values' scales; of this split and the next
+  __shared__ float score_step;           // of q's last digit, with log2(e) / sqrt(head_dim)
+  __shared__ float2 scores[kSplitKeys];  // with the values' scales
   __shared__ alignas(16) uint8_t weights[kWarps][2][kSplitKeys];
-  extern __shared__ float
-      cluster_parts[];  // of the first block of a cluster: [split, head_dim + 2]
+  // The tiles; behind them, of the first block of a cluster, [split, head_dim + 2].
+  extern __shared__ __align__(16) int8_t tiles[];
+  float* const cluster_parts = reinterpret_cast<float*>(tiles + 3 * Tile<kHeadDim>::kBytes);
 
   LaunchDependents();
 #if __CUDA_ARCH__ >= 900
@@ -124,68 +139,66 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
   const int member = lane % 4;
   T* out = static_cast<T*>(args.act) + static_cast<int64_t>(row) * args.act_dim + head * kHeadDim;
 
+  // A ring of three tiles: while one is read, the next two come.
+  const auto tile_of = [&](int number) { return tiles + number % 3 * Tile<kHeadDim>::kBytes; };
   int position;
-  // Keys quad and quad + 8 of the warp's 16, and the scales of one of them.
+  // The scales of one of the keys quad and quad + 8 of the warp's 16.
   const int scale_key = quad + 8 * (member % 2);
-  uint4 k_bits[kChunks][2];
   float k_scale, v_scale;
-  // Of each group's keys number `member` of each four.
-  uint32_t v_bits[kGroups][4][kWords];
-
-  // Where the split's groups of 16 keys lie, each in one page: one in each lane of four.
-  const auto slots_of = [&](int split) {
-    return args.SlotOf(row, head, split * kSplitKeys + member * kGroupKeys);
+  // Where the warp's 16 keys of a split lie, all in one page.
+  const auto slot_of = [&](int split) {
+    return args.SlotOf(row, head, split * kSplitKeys + warp * kGroupKeys);
+  };
+  const auto num_keys_of = [&](int split) {
+    return position - split * kSplitKeys - warp * kGroupKeys;
   };
   // What lies beyond the row's tokens is never read: it may hold anything.
-  const auto load_k = [&](int split, int64_t slots) {
-    const int64_t slot = __shfl_sync(0xffffffffu, slots, warp);
-    const int num_keys = position - split * kSplitKeys - warp * kGroupKeys;
-    const int8_t* from = static_cast<const int8_t*>(args.k_pages) + slot * kHeadDim + member * 16;
+  const auto load_tile = [&](const void* pages, int split, int64_t slot, int8_t* tile) {
+    const int8_t* from = static_cast<const int8_t*>(pages) + slot * kHeadDim;
+    const int num_keys = num_keys_of(split);
+    constexpr int kCopies = kGroupKeys * kHeadDim / 16 / kWarpSize;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int key = quad + 8 * i;
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        k_bits[chunk][i] =
-            key < num_keys
-                ? __ldcg(reinterpret_cast<const uint4*>(from + key * kHeadDim + chunk * 64))
-                : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kCopies; ++i) {
+      const int at = (i * kWarpSize + lane) * 16;
+      const int key = at / kHeadDim;
+      if (key < num_keys) {
+        CopyAsync16(
+            SharedAddress(tile + Tile<kHeadDim>::At(warp * kGroupKeys + key, at % kHeadDim)),
+            from + at, true);
       }
     }
-    k_scale = scale_key < num_keys ? __ldcg(args.k_scales + slot + scale_key) : 0.0f;
-    v_scale = scale_key < num_keys ? __ldcg(args.v_scales + slot + scale_key) : 0.0f;
+    CopyAsyncCommit();
   };
-  const auto load_v = [&](int split, int64_t slots) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const int64_t slot = __shfl_sync(0xffffffffu, slots, group);
-      const int num_keys = position - split * kSplitKeys - group * kGroupKeys;
-      const int8_t* from = static_cast<const int8_t*>(args.v_pages) + slot * kHeadDim +
-                           warp * kWarpDims + quad * kLaneDims;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = 4 * i + member;
-#pragma unroll
-        for (int word = 0; word < kWords; ++word) v_bits[group][i][word] = 0;
-        if (key < num_keys) LoadBytes<kLaneDims>(from + key * kHeadDim, v_bits[group][i]);
-      }
-    }
+  const auto load_scales = [&](int split, int64_t slot) {
+    const bool is_there = scale_key < num_keys_of(split);
+    k_scale = is_there ? __ldcg(args.k_scales + slot + scale_key) : 0.0f;
+    v_scale = is_there ? __ldcg(args.v_scales + slot + scale_key) : 0.0f;
   };
   const auto load_first = [&] {
-    const int64_t slots = slots_of(blockIdx.x);
-    load_k(blockIdx.x, slots);
-    load_v(blockIdx.x, slots);
+    const int64_t slot = slot_of(blockIdx.x);
+    load_tile(args.k_pages, blockIdx.x, slot, tile_of(0));
+    load_tile(args.v_pages, blockIdx.x, slot, tile_of(1));
+    load_scales(blockIdx.x, slot);
   };
   // The cache comes from device memory while the product ahead still runs. Should the position turn
   // out to be another one, it comes again.
   if (!args.prefetch_cache) WaitForDependency();
   position = args.PositionOf(row);
   load_first();
+  if (args.prefetch_cache) WaitForDependency();
+  // Three warps have q, k and v of the new token.
+  const int dim = lane * 8 % kHeadDim;
+  const int64_t part_of_qkv = static_cast<int64_t>(row) * 3 + min(warp, 2);
+  uint4 bits = __ldcg(reinterpret_cast<const uint4*>(
+      static_cast<const T*>(args.qkv) + (part_of_qkv * args.num_heads + head) * kHeadDim + dim));
+  const Rotation rotation(args, row, dim);
   if (args.prefetch_cache) {
-    WaitForDependency();
     const int foreseen = position;
     position = args.PositionOf(row);
-    if (position != foreseen) load_first();
+    if (position != foreseen) {
+      CopyAsyncWait<0>();
+      load_first();
+    }
   }
 
   if (position < 0) {
@@ -197,13 +210,9 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
   const int num_splits = position / kSplitKeys + 1;
   if (static_cast<int>(blockIdx.x) >= num_splits) return;
 
-  if (warp < 3) {  // of q, k and v
-    const int dim = lane * 8 % kHeadDim;
+  if (warp < 3) {
     const bool is_first = lane * 8 < kHeadDim;  // the lanes behind have the same again
-    const int64_t part = static_cast<int64_t>(row) * 3 + warp;
-    uint4 bits = __ldcg(reinterpret_cast<const uint4*>(
-        static_cast<const T*>(args.qkv) + (part * args.num_heads + head) * kHeadDim + dim));
-    if (warp < 2) bits = Rotation(args, row, dim).Rotate<T>(bits);
+    if (warp < 2) bits = rotation.Rotate<T>(bits);
     float values[8];
     Unpack<T>(bits, values);
     float largest = 0.0f;
@@ -246,35 +255,45 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
   HeadSum<kHeadDim, kDims> total(args, static_cast<int64_t>(row) * args.num_heads + head,
                                  num_splits, lane_dim < kLaneDims ? first_dim + lane_dim : kHeadDim,
                                  cluster_parts);
-  int buffer = 0;
-  for (int split = blockIdx.x; split < num_splits; split += gridDim.x) {
+  int number = 0;  // of the split among the block's
+  for (int split = blockIdx.x; split < num_splits; split += gridDim.x, ++number) {
     const int next = split + gridDim.x;
-    const int64_t next_slots = slots_of(next);
+    const int64_t next_slot = slot_of(next);
+    int8_t* const k_tile = tile_of(2 * number);
+    int8_t* const v_tile = tile_of(2 * number + 1);
     const int new_key = position - split * kSplitKeys;  // of the split, if below kSplitKeys
-    if (new_key / kGroupKeys == warp) {
-      const int key = new_key % kGroupKeys;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (key != quad + 8 * i) continue;
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-          k_bits[chunk][i] =
-              *reinterpret_cast<const uint4*>(new_rows[0] + chunk * 64 + member * 16);
-        }
+    if (new_key < kSplitKeys) {
+      if (threadIdx.x < 2 * Tile<kHeadDim>::kPieces) {
+        const int part = threadIdx.x / Tile<kHeadDim>::kPieces;
+        const int at = threadIdx.x % Tile<kHeadDim>::kPieces * 16;
+        *reinterpret_cast<uint4*>((part == 0 ? k_tile : v_tile) + Tile<kHeadDim>::At(new_key, at)) =
+            *reinterpret_cast<const uint4*>(new_rows[part] + at);
       }
-      if (key == scale_key) {
+      if (new_key == warp * kGroupKeys + scale_key) {
         k_scale = new_scales[0];
         v_scale = new_scales[1];
       }
+    }
+    CopyAsyncWait<1>();
+    __syncthreads();  // the keys are there, and the values before have been read
+    if (next < num_splits) {
+      load_tile(args.k_pages, next, next_slot, tile_of(2 * number + 2));
+    } else {
+      CopyAsyncCommit();  // so that what has been waited for is counted alike
     }
 
     // Column n has digit n % 4, so that a lane has digits 0 and 1, or 2 and 3, of both its keys.
     int32_t sums[4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const uint4 q =
-          *reinterpret_cast<const uint4*>(q_digits[quad % 4] + chunk * 64 + member * 16);
-      const uint4 k[2] = {k_bits[chunk][0], k_bits[chunk][1]};
+      const int dim_of_chunk = chunk * 64 + member * 16;
+      const uint4 q = *reinterpret_cast<const uint4*>(q_digits[quad % 4] + dim_of_chunk);
+      uint4 k[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        k[i] = *reinterpret_cast<const uint4*>(
+            k_tile + Tile<kHeadDim>::At(warp * kGroupKeys + 8 * i + quad, dim_of_chunk));
+      }
       MultiplyAdd<int8_t>(sums, k[0].x, k[1].x, k[0].y, k[1].y, q.x, q.y);
       MultiplyAdd<int8_t>(sums, k[0].z, k[1].z, k[0].w, k[1].w, q.z, q.w);
     }
@@ -288,15 +307,19 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
         (member % 2 == 0 ? pair[0] : pair[1]) * (score_step * k_scale) + 0.0f * k_scale;
     if (member < 2) {
       const int key = warp * kGroupKeys + scale_key;
-      scores[buffer][key] = make_float2(key <= new_key ? score : -INFINITY, v_scale);
+      scores[key] = make_float2(key <= new_key ? score : -INFINITY, v_scale);
     }
-    // The next split's keys come while this one's values are summed, its values while the parts are
-    // added.
-    if (next < num_splits) load_k(next, next_slots);
-    __syncthreads();
+    CopyAsyncWait<1>();
+    __syncthreads();  // the scores and the values are there, and the keys have been read
+    if (next < num_splits) {
+      load_tile(args.v_pages, next, next_slot, tile_of(2 * number + 3));
+      load_scales(next, next_slot);
+    } else {
+      CopyAsyncCommit();
+    }
 
     // Each warp finds all weights.
-    const float2 of_key[2] = {scores[buffer][lane], scores[buffer][lane + kWarpSize]};
+    const float2 of_key[2] = {scores[lane], scores[lane + kWarpSize]};
     Softmax<kDims> part;
     part.maximum =
         WarpReduce(fmaxf(of_key[0].x, of_key[1].x), [](float a, float b) { return fmaxf(a, b); });
@@ -320,57 +343,48 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
     const uint4 w =
         *reinterpret_cast<const uint4*>(weights[warp][quad % 2] + member * (kSplitKeys / 4));
 
-    if (new_key < kSplitKeys) {
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (new_key != group * kGroupKeys + 4 * i + member) continue;
-#pragma unroll
-          for (int word = 0; word < kWords; ++word) {
-            const int8_t* const from = new_rows[1] + first_dim + word * 4;
-            v_bits[group][i][word] = kLaneDims < 4 ? *reinterpret_cast<const uint16_t*>(from)
-                                                   : *reinterpret_cast<const uint32_t*>(from);
-          }
-        }
-      }
-    }
     // Column n has digit n % 2: each lane of a quad has both digits of all its dimensions, two to a
     // tile.
-    int32_t tiles[kLaneDims / 2][4] = {};
+    int32_t outputs[kLaneDims / 2][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t by_dim[2][kWords][4];
+      uint32_t v_bits[2][4][kWords], by_dim[2][kWords][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int key = (2 * half + i) * kGroupKeys + 4 * j + member;
+          LoadBytes<kLaneDims>(v_tile + Tile<kHeadDim>::At(key, first_dim), v_bits[i][j]);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int word = 0; word < kWords; ++word) {
 #pragma unroll
-          for (int key = 0; key < 4; ++key) by_dim[i][word][key] = v_bits[2 * half + i][key][word];
+          for (int key = 0; key < 4; ++key) by_dim[i][word][key] = v_bits[i][key][word];
           TransposeBytes(by_dim[i][word]);
         }
       }
 #pragma unroll
       for (int tile = 0; tile < kLaneDims / 2; ++tile) {
         const int word = tile / 2, dim = tile % 2 * 2;
-        MultiplyAdd<uint8_t>(tiles[tile], by_dim[0][word][dim], by_dim[0][word][dim + 1],
+        MultiplyAdd<uint8_t>(outputs[tile], by_dim[0][word][dim], by_dim[0][word][dim + 1],
                              by_dim[1][word][dim], by_dim[1][word][dim + 1], half == 0 ? w.x : w.z,
                              half == 0 ? w.y : w.w);
       }
     }
-    if (next < num_splits) load_v(next, next_slots);
 #pragma unroll
     for (int i = 0; i < kDims; ++i) {
       int32_t sum = 0;
 #pragma unroll
       for (int dim = i; dim < kLaneDims; dim += kDims) {
-        const int32_t* const digits = tiles[dim / 2] + dim % 2 * 2;
+        const int32_t* const digits = outputs[dim / 2] + dim % 2 * 2;
         if (dim == lane_dim + i) sum = digits[0] + 256 * digits[1];
       }
       part.output[i] = static_cast<float>(sum) * (largest / kWeightSteps);
     }
     total.Add(split, part);
-    buffer ^= 1;
   }
   total.Write(out);
 }
