@@ -91,6 +91,7 @@ V* OnDevice(const std::vector<V>& values) {
 template <typename V>
 std::vector<V> ToHost(const void* device, size_t count) {
   std::vector<V> values(count);
+  if (count == 0) return values;
   Require(cudaMemcpy(values.data(), device, count * sizeof(V), cudaMemcpyDeviceToHost),
           "cudaMemcpy");
   return values;
