@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(kAppendThreads)
                         (static_cast<int64_t>(token) * 3 + 1) * width_pieces;  // k, then v
 
   int64_t slot = -1;  // of the token in its page
-  int64_t head_stride = 0;
   for (int first = 0; first < 2 * width_pieces; first += kAppendThreads * kAppendPieces) {
     uint4 pieces[kAppendPieces];
 #pragma unroll
@@ -114,7 +113,6 @@ __global__ void __launch_bounds__(kAppendThreads)
         slot = page * args.num_heads * args.page_len + position % args.page_len;
       }
       if (slot < 0) return;
-      head_stride = args.page_len;
     }
 #pragma unroll
     for (int i = 0; i < kAppendPieces; ++i) {
@@ -132,7 +130,7 @@ __global__ void __launch_bounds__(kAppendThreads)
       } else {
         piece -= width_pieces;
       }
-      const int64_t at = slot + piece / kHeadPieces * head_stride;
+      const int64_t at = slot + piece / kHeadPieces * args.page_len;
       const int64_t piece_at = at * kHeadPieces + piece % kHeadPieces;
       if constexpr (std::is_same_v<PageT, int8_t>) {
         float scale;
