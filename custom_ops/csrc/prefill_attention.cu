@@ -14,7 +14,7 @@
 //            by the four warps of a third group, behind copies of contiguous bytes, elsewhere by all.
 //            Keys stay the integers, which 16 bits hold, and their scales multiply the scores: scores
 //            may be large, and to round keys would move their weights. Values are multiplied by their
-//            scales and rounded, by less than the weights are.
+//            scales and rounded, as the weights are.
 //   softmax  online (Milakov and Gimelshein 2018), in powers of two. Sums are rescaled only when a
 //            row's maximum has grown by more than 8: until then weights are up to 2^8 too large,
 //            which f32 sums and 16-bit weights hold as exactly.
