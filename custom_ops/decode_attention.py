@@ -143,7 +143,7 @@ def decode_attention_ffi(
     batch, max_pages = page_table.shape
     if problem := _shape_problem(head_dim, page_len):
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
-    (k_values, k_scales), (v_values, v_scales) = map(_values_and_scales, (k_pages, v_pages))
+    (k_values, k_scales), (v_values, v_scales) = map(values_and_scales, (k_pages, v_pages))
     num_splits = -(-max_pages * page_len // _KEYS_PER_SPLIT)
     results = (
         jax.ShapeDtypeStruct(act.shape, act.dtype),
@@ -190,12 +190,13 @@ def decode_attention_ffi_problem(
     return (
         _library.load(platform).problem
         or _arguments.ffi_dtype_problem(platform, np.dtype(dtype))
-        or _arguments.ffi_pages_problem(platform, dtype, pages_dtype)
+        or _arguments.ffi_pages_problem(dtype, pages_dtype)
         or _shape_problem(head_dim, page_len)
     )
 
 
-def _values_and_scales(pages: kv_pages.Pages) -> tuple[Array, Array]:
+def values_and_scales(pages: kv_pages.Pages) -> tuple[Array, Array]:
+    """The two arrays that a kernel takes for pages; without scales the second has no elements."""
     if isinstance(pages, QuantizedArray):
         return pages.qvalue, pages.scale
     return pages, _outputs.or_empty(None, jnp.float32)

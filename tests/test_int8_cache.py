@@ -292,16 +292,100 @@ PREFILL = PrefillAttentionCase(
 )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _prefill(arguments, max_new):
-    return custom_ops.prefill_attention(**arguments, max_new=max_new, implementation="reference")
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _prefill(arguments, max_new, implementation):
+    return custom_ops.prefill_attention(**arguments, max_new=max_new, implementation=implementation)
 
 
-def run_prefill(arguments, max_new: int | None = None):
+def run_prefill(arguments, max_new: int | None = None, implementation: str = "reference"):
     """(act in f32, k_pages, v_pages)."""
-    results = _prefill(arguments, max_new)
+    results = _prefill(arguments, max_new, implementation)
     act, *pages = results[:3]
     return test_prefill_attention.in_f32(act), *(jax.tree.map(np.asarray, part) for part in pages)
+
+
+def prefill_over_pages(case: PrefillAttentionCase, arguments, results) -> np.ndarray:
+    """In f64, by head, over the pages as they were written."""
+    pages = map(dequantized, results[1:])
+    return test_prefill_attention.by_head(case, prefill_attention_cases.attention_of(case, arguments, *pages))
+
+
+def check_prefill(case: PrefillAttentionCase, arguments, results, tolerance, what: str) -> None:
+    """The output over the pages as they were written, the rounding of the new tokens, and no other bit changed."""
+    act, *pages = results
+    if any(case.num_new):
+        out = prefill_over_pages(case, arguments, results)
+        tolerances.assert_close(test_prefill_attention.by_head(case, act), out, tolerance, what)
+    is_of_row = np.zeros(case.total_tokens, bool)
+    is_new = np.zeros((arguments["k_pages"].shape[0], case.page_len), bool)
+    _, *new = prefill_attention_cases.rotated_qkv(case, arguments)
+    for row, (begin, num_new) in enumerate(zip(case.begins, case.num_new, strict=True)):
+        if num_new == 0:
+            continue
+        is_of_row[begin : begin + num_new] = True
+        slots = prefill_attention_cases.new_slots(case, arguments, row)
+        is_new[slots[0], slots[2]] = True
+        for name, written, expected in zip(("k_pages", "v_pages"), pages, new, strict=True):
+            of_row = jax.tree.map(lambda part, slots=slots: part[slots], written)
+            check_rounding(of_row, expected[begin : begin + num_new], case.dtype, f"{what}: {name}")
+    assert np.isnan(act[~is_of_row]).all()
+    assert np.isnan(act[:, case.width :]).all()
+    for name, written in zip(("k_pages", "v_pages"), pages, strict=True):
+        for part in ("qvalue", "scale"):
+            before, after = (np.asarray(getattr(each, part))[:-1] for each in (arguments[name], written))
+            untouched = np.broadcast_to(~is_new[:-1, None, :, None], before.shape)  # the last page is scratch
+            np.testing.assert_array_equal(after[untouched], before[untouched])
+
+
+def check_errors_of_the_prefill_kernels(case: PrefillAttentionCase) -> None:
+    """The output's at most twice the reference's own, each over its own pages; and every run the same bits."""
+    arguments = with_int8_pages(prefill_attention_cases.arguments_of(case))
+    max_new = case.max_new or max(case.num_new)
+    reference_error = 0.0
+    if any(case.num_new):
+        results = run_prefill(arguments, max_new)
+        act = test_prefill_attention.by_head(case, results[0])
+        reference_error = tolerances.relative_error(act, prefill_over_pages(case, arguments, results))
+    results = run_prefill(arguments, max_new, "ffi")
+    tolerance = tolerances.twice_the_references_error(reference_error, case.dtype)
+    check_prefill(case, arguments, results, tolerance, "ffi")
+    for again in (max_new, None):
+        jax.tree.map(np.testing.assert_array_equal, results, run_prefill(arguments, again, "ffi"))
+
+
+# Unlike rows with a prefix; tokens of no row; each dtype.
+PREFILL_CASES = [prefill_attention_cases.read_cases()[index] for index in (1, 2, 7, 9, 14)]
+
+
+@pytest.mark.parametrize("case", PREFILL_CASES, ids=prefill_attention_cases.case_id)
+def test_prefill_reference_against_f64(case):
+    arguments = with_int8_pages(prefill_attention_cases.arguments_of(case))
+    results = run_prefill(arguments, case.max_new or max(case.num_new))
+    check_prefill(case, arguments, results, tolerances.MODULE[case.dtype], "reference")
+
+
+def test_prefill_shows_a_head_that_is_not_finite_and_not_one_of_zeros():
+    check_that_a_head_that_is_not_finite_shows("reference")
+
+
+def check_that_a_head_that_is_not_finite_shows(implementation: str) -> None:
+    """Of row 0 the first head's k or v of the token in the middle, from there on; of row 1 all k and v are zeros."""
+    case = dataclasses.replace(test_prefill_attention.SMALL, rotary_dim=0)
+    arguments = with_int8_pages(prefill_attention_cases.arguments_of(case))
+    middle = case.begins[0] + case.num_new[0] // 2
+    row0, row1 = (slice(begin, begin + count) for begin, count in zip(case.begins, case.num_new, strict=True))
+    qkv = arguments["qkv"].at[row1, case.width :].set(0)
+    for column in (case.width + 5, 2 * case.width + 5):
+        for value in (np.nan, np.inf, -np.inf):
+            changed = arguments | {"qkv": qkv.at[middle, column].set(value)}
+            act, *pages = run_prefill(changed, None, implementation)
+            assert np.isnan(act[middle : row0.stop, : case.head_dim]).any(axis=-1).all()
+            assert np.isfinite(act[row0, case.head_dim : case.width]).all()
+            assert np.isfinite(act[row1, : case.width]).all()
+            slots = prefill_attention_cases.new_slots(case, changed, 1)
+            for written in pages:
+                assert not written.qvalue[slots].any()
+                assert (written.scale[slots] == 1).all()
 
 
 def assert_same_pages(actual: QuantizedArray, expected: QuantizedArray) -> None:
@@ -357,13 +441,6 @@ def test_a_prompt_in_chunks_is_the_whole_prompt():
         pages = dict(zip(("k_pages", "v_pages"), of_pages, strict=True))
     for name, written in zip(("k_pages", "v_pages"), whole, strict=True):
         assert_same_pages(written, pages[name])
-
-
-def test_the_kernels_of_prefill_attention_refuse_it_by_name():
-    case = dataclasses.replace(PREFILL, head_dim=64, page_len=64, act_dim=None)
-    arguments = with_int8_pages(prefill_attention_cases.arguments_of(case))
-    with pytest.raises(ValueError, match="the CUDA kernels do not support an INT8 cache yet"):
-        custom_ops.prefill_attention(**arguments, implementation="ffi")
 
 
 # -- The engine -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 // Causal attention of many new tokens a row over paged keys and values, bound by the tensor cores.
 //
-//   append   a first kernel rotates the new k and writes k and v to their pages, bound by memory, and
-//            lists the tiles of queries, those with the most keys first, so that the last blocks to
-//            start have the least to do.
+//   append   the kernel of prefill_append.cu, ahead of this one, writes the new k and v to their pages
+//            and lists the tiles of queries.
 //   attend   a block takes one head of 128 queries of one row, 64 on other than sm_90a. Keys and
 //            values come from the pages, so that a prefix costs what its products cost. q is rotated
 //            in shared memory. On sm_90a one warp fetches through tensor copies into rings, and two
@@ -11,6 +10,11 @@
 //            (FlashAttention-3, Shah et al. 2024), and the other group's products. Elsewhere each of
 //            four warps has 16 queries, and the next keys are copied during a softmax
 //            (FlashAttention-2, Dao 2023).
+//   INT8     the tensor cores take 16 bits: tiles are widened on their way into the rings, on sm_90a
+//            by the four warps of a third group, behind copies of contiguous bytes, elsewhere by all.
+//            Keys stay the integers, which 16 bits hold, and their scales multiply the scores: scores
+//            may be large, and to round keys would move their weights. Values are multiplied by their
+//            scales and rounded, by less than the weights are.
 //   softmax  online (Milakov and Gimelshein 2018), in powers of two. Sums are rescaled only when a
 //            row's maximum has grown by more than 8: until then weights are up to 2^8 too large,
 //            which f32 sums and 16-bit weights hold as exactly.
@@ -19,11 +23,9 @@
 //
 // Limits: head_dim 64, 128 or 256; pages of a multiple of 64 tokens.
 
-#include <algorithm>
 #include <climits>
 
-#include "cuda_common.cuh"
-#include "prefill_attention.h"
+#include "prefill_attention.cuh"
 #include "wgmma.cuh"
 
 namespace kogpt {
@@ -33,53 +35,10 @@ namespace {
 #error "Compute capability 9.0 takes sm_90a"
 #endif
 
-constexpr int kBoxTokens = 64;  // keys or queries that are copied together: they share a page
 constexpr int kBoxRowBytes = 128;
 constexpr int kBoxBytes = kBoxTokens * kBoxRowBytes;
-constexpr int kBoxColumns = 64;  // 16-bit values of a box's row
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kBoxColumns = 64;        // 16-bit values of a box's row
 constexpr float kRescaleAbove = 8.0f;  // in powers of two
-
-struct KernelArgs {
-  const void* qkv;
-  const float* cos;
-  const float* sin;
-  void* k_pages;
-  void* v_pages;
-  const int32_t* page_table;
-  const int32_t* begins;
-  const int32_t* num_new;
-  const int32_t* lengths;
-  void* act;
-  int4* tiles;
-  int batch;
-  int total_tokens;
-  int num_heads;
-  int page_len;
-  int max_pages;
-  int rotary_dim;
-  int act_dim;
-  int max_tiles;
-  int tile_queries;
-  float log2_scale;  // log2(e) / sqrt(head_dim)
-};
-
-// A row's new tokens, as far as there are such tokens and room for them.
-struct Row {
-  int begin;
-  int num_new;
-  int length;
-};
-
-__device__ __forceinline__ Row ReadRow(const KernelArgs& args, int row) {
-  Row result;
-  const int capacity = args.max_pages * args.page_len;
-  result.begin = min(max(__ldcg(args.begins + row), 0), args.total_tokens);
-  result.length = min(max(__ldcg(args.lengths + row), 0), capacity);
-  result.num_new = min(max(__ldcg(args.num_new + row), 0),
-                       min(args.total_tokens - result.begin, capacity - result.length));
-  return result;
-}
 
 // A value that is the same in the whole warp, so that the compiler knows it, too: products behind a
 // branch that it takes for divergent run one after another.
@@ -92,142 +51,64 @@ struct QueryTile {
   int position;  // of the first
   int row;
 
-  __device__ __forceinline__ QueryTile(const KernelArgs& args, int index) {
+  __device__ __forceinline__ QueryTile(const PrefillArgs& args, int index) {
     const int4 values = __ldcg(args.tiles + index);
     begin = Uniform(values.x), num_left = Uniform(values.y);
     position = Uniform(values.z), row = Uniform(values.w);
   }
 };
 
-// Lists the tiles of all rows, those with the most keys first, equal ones in the order of rows.
-__device__ void ListTiles(const KernelArgs& args, int2* levels) {
-  __shared__ int num_tiles, most;
-  if (threadIdx.x == 0) num_tiles = most = 0;
-  __syncthreads();
-  // Tile j of a row stands at level first + j, which counts the keys before it in tiles.
-  for (int row = threadIdx.x; row < args.batch; row += blockDim.x) {
-    const Row tokens = ReadRow(args, row);
-    const int count = (tokens.num_new + args.tile_queries - 1) / args.tile_queries;
-    levels[row] = make_int2(tokens.length / args.tile_queries, count);
-    atomicAdd(&num_tiles, count);
-    atomicMax(&most, count);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < args.batch * most; i += blockDim.x) {
-    const int row = i / most, tile = i % most;
-    if (tile >= levels[row].y) continue;
-    const int level = levels[row].x + tile;
-    int rank = 0;
-    for (int other = 0; other < args.batch; ++other) {
-      const int2 theirs = levels[other];
-      const int above = theirs.x + theirs.y - level - (other < row ? 0 : 1);
-      rank += min(max(above, 0), theirs.y);
-    }
-    if (rank >= args.max_tiles) continue;  // a row has more than max_new
-    const Row tokens = ReadRow(args, row);
-    const int first = tile * args.tile_queries;
-    args.tiles[rank] =
-        make_int4(tokens.begin + first, tokens.num_new - first, tokens.length + first, row);
-  }
-  for (int i = num_tiles + threadIdx.x; i < args.max_tiles; i += blockDim.x) {
-    args.tiles[i] = make_int4(0, 0, 0, 0);
-  }
+__device__ __forceinline__ void StoreShared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
 }
 
-// The angles of eight neighbouring dimensions of a token.
-struct Angles {
-  float cos[4];
-  float sin[4];
+__device__ __forceinline__ void StoreShared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
 
-  __device__ __forceinline__ Angles(const KernelArgs& args, int token, int dim, bool is_there) {
+__device__ __forceinline__ uint2 LoadSharedPair(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];\n"
+               : "=r"(value.x), "=r"(value.y)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// Where piece `piece` (16 bytes) of row `row` lies in a box.
+__device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
+  return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
+}
+
+// Eight INT8 keys' values, as they are, and those of values times their scale, rounded.
+template <typename T>
+__device__ __forceinline__ uint4 WidenKeys(uint2 bytes) {
+  const Widened<T> wide(bytes.x, bytes.y);
+  return make_uint4(wide.words[0], wide.words[1], wide.words[2], wide.words[3]);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 WidenValues(uint2 bytes, float scale) {
+  float values[8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool is_rotated = is_there && dim + 2 * i < args.rotary_dim;
-      const int64_t at = static_cast<int64_t>(token) * (args.rotary_dim / 2) + dim / 2 + i;
-      cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
-      sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
-    }
+  for (int i = 0; i < 8; ++i) {
+    // 2^23 and a byte below it; the byte is 128 too large.
+    const uint32_t word = (i < 4 ? bytes.x : bytes.y) ^ 0x80808080u;
+    const uint32_t raised = __byte_perm(word, 0x4b000000u, 0x7440 + i % 4);
+    values[i] = (__uint_as_float(raised) - 8388736.0f) * scale;
   }
-
-  // Rotates the pairs and rounds them as the cache does.
-  template <typename T>
-  __device__ __forceinline__ uint4 Rotate(uint4 bits) const {
-    float values[8], rotated[8];
-    Unpack<T>(bits, values);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      rotated[2 * i] = values[2 * i] * cos[i] - values[2 * i + 1] * sin[i];
-      rotated[2 * i + 1] = values[2 * i + 1] * cos[i] + values[2 * i] * sin[i];
-    }
-    return Pack<T>(rotated);
-  }
-};
-
-constexpr int kAppendThreads = 256;
-constexpr int kAppendPieces = 4;  // of 16 bytes that a thread has under way
-
-// Block 0 lists the tiles, each of the others writes a token's k and v.
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kAppendThreads)
-    PrefillAppendKernel(const __grid_constant__ KernelArgs args) {
-  __shared__ int2 levels[kPrefillAttentionMaxRows];
-  LaunchDependents();
-  WaitForDependency();
-  if (blockIdx.x == 0) {
-    ListTiles(args, levels);
-    return;
-  }
-  constexpr int kHeadPieces = kHeadDim / 8;
-  const int token = blockIdx.x - 1;
-  const int width_pieces = args.num_heads * kHeadPieces;
-  const uint4* source = static_cast<const uint4*>(args.qkv) +
-                        (static_cast<int64_t>(token) * 3 + 1) * width_pieces;  // k, then v
-
-  int64_t slot = -1;  // of the token in its page
-  int64_t head_stride = 0;
-  for (int first = 0; first < 2 * width_pieces; first += kAppendThreads * kAppendPieces) {
-    uint4 pieces[kAppendPieces];
-#pragma unroll
-    for (int i = 0; i < kAppendPieces; ++i) {
-      const int piece = first + i * kAppendThreads + static_cast<int>(threadIdx.x);
-      if (piece < 2 * width_pieces) pieces[i] = __ldcg(source + piece);
-    }
-    if (first == 0) {  // each warp looks for the token's row
-      for (int row = 0; row < args.batch && slot < 0; row += kWarpSize) {
-        const int mine = row + static_cast<int>(threadIdx.x) % kWarpSize;
-        Row tokens = {0, 0, 0};
-        if (mine < args.batch) tokens = ReadRow(args, mine);
-        const bool is_here = token >= tokens.begin && token - tokens.begin < tokens.num_new;
-        const unsigned found = __ballot_sync(0xffffffffu, is_here);
-        if (found == 0) continue;
-        const int lane = __ffs(static_cast<int>(found)) - 1;
-        const int position = __shfl_sync(0xffffffffu, tokens.length + token - tokens.begin, lane);
-        const int64_t entry =
-            static_cast<int64_t>(row + lane) * args.max_pages + position / args.page_len;
-        const int64_t page = __ldcg(args.page_table + entry);
-        slot = page * args.num_heads * args.page_len + position % args.page_len;
-      }
-      if (slot < 0) return;
-      head_stride = static_cast<int64_t>(args.page_len) * kHeadPieces;
-    }
-#pragma unroll
-    for (int i = 0; i < kAppendPieces; ++i) {
-      int piece = first + i * kAppendThreads + static_cast<int>(threadIdx.x);
-      if (piece >= 2 * width_pieces) break;
-      uint4* pages = static_cast<uint4*>(args.v_pages);
-      if (piece < width_pieces) {
-        const int dim = piece % kHeadPieces * 8;
-        if (dim < args.rotary_dim) {
-          pieces[i] = Angles(args, token, dim, true).Rotate<T>(pieces[i]);
-        }
-        pages = static_cast<uint4*>(args.k_pages);
-      } else {
-        piece -= width_pieces;
-      }
-      const int64_t at = slot * kHeadPieces + piece / kHeadPieces * head_stride;
-      __stcg(pages + at + piece % kHeadPieces, pieces[i]);
-    }
-  }
+  return Pack<T>(values);
 }
 
 // 2^x, 0 for what would be subnormal.
@@ -292,6 +173,19 @@ __device__ __forceinline__ float2 TakeSoftmax(float (&scores)[kScores], Softmax 
   return rescale;
 }
 
+// Scores of INT8 keys by the keys' scales, an array in shared memory.
+template <int kScores>
+__device__ __forceinline__ void ScaleScores(float (&scores)[kScores], uint32_t scales) {
+  scales += threadIdx.x % 4 * 8;
+#pragma unroll
+  for (int i = 0; i < kScores; i += 4) {
+    const uint2 bits = LoadSharedPair(scales + i * 8);
+    const float pair[2] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[i + j] *= pair[j % 2];
+  }
+}
+
 template <int kSums>
 __device__ __forceinline__ void Rescale(float (&sums)[kSums], float2 rescale) {
   const bool is_any = rescale.x != 1.0f || rescale.y != 1.0f;
@@ -310,35 +204,11 @@ __device__ __forceinline__ void PackWeights(const float (&scores)[kScores],
   }
 }
 
-__device__ __forceinline__ void StoreShared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void StoreShared(uint32_t address, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-// Where piece `piece` (16 bytes) of row `row` lies in a box.
-__device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
-  return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
-}
-
 // Rotates 64 queries in shared memory, box after box, by 128 threads: those of tokens from `token`
 // on, of which the first `num_rows` exist. Calls wait() before the first is read, with the angles of
 // a box under way.
 template <typename T, typename Wait>
-__device__ __forceinline__ void RotateQueries(const KernelArgs& args, uint32_t boxes, int token,
+__device__ __forceinline__ void RotateQueries(const PrefillArgs& args, uint32_t boxes, int token,
                                               int num_rows, int thread, Wait wait) {
   constexpr int kThreads = 128;
   constexpr int kPieces = kBoxBytes / 16 / kThreads;  // of a thread in a box
@@ -363,7 +233,7 @@ __device__ __forceinline__ void RotateQueries(const KernelArgs& args, uint32_t b
 // Writes a warp's 16 queries, sums over their total weight, through 16 rows of boxes that the warp
 // has for itself, so that whole rows are written. The first `num_rows` exist.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void WriteQueries(const KernelArgs& args, uint32_t boxes,
+__device__ __forceinline__ void WriteQueries(const PrefillArgs& args, uint32_t boxes,
                                              const float (&sums)[kHeadDim / 2],
                                              const Softmax (&softmax)[2], int token, int num_rows,
                                              int head) {
@@ -404,14 +274,14 @@ constexpr int kHopperThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kStages = 2;
 
 struct HopperArgs {
-  KernelArgs args;
+  PrefillArgs args;
   CUtensorMap q;
   CUtensorMap k;
   CUtensorMap v;
 };
 
 // Where things lie in shared memory: boxes first, each kind of box after box of 64 columns.
-template <int kHeadDim>
+template <int kHeadDim, bool kIsInt8>
 struct HopperShared {
   static constexpr int kBoxes = kHeadDim / kBoxColumns;  // across a head
   static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;
@@ -420,8 +290,14 @@ struct HopperShared {
   static constexpr int kTileBytes = kBoxes * kKeyBoxBytes;
   static constexpr int kKeyOffset = kGroups * kQueryBytes;
   static constexpr int kValueOffset = kKeyOffset + kStages * kTileBytes;
-  static constexpr int kBarrierOffset = kValueOffset + kStages * kTileBytes;
-  static constexpr int kNumBarriers = kGroups + 4 * kStages;
+  // Of INT8 pages: the scales of the keys in the ring, and a tile each of keys and of values with its
+  // scales behind it, as they come.
+  static constexpr int kStagedValueBytes = kIsInt8 ? kKeys * kHeadDim : 0;
+  static constexpr int kStagedBytes = kStagedValueBytes + (kIsInt8 ? kKeys * 4 : 0);
+  static constexpr int kKeyScaleOffset = kValueOffset + kStages * kTileBytes;
+  static constexpr int kStagedOffset = kKeyScaleOffset + (kIsInt8 ? kStages * kKeys * 4 : 0);
+  static constexpr int kBarrierOffset = kStagedOffset + 2 * kStagedBytes;
+  static constexpr int kNumBarriers = kGroups + 4 * kStages + (kIsInt8 ? 2 : 0);
   static constexpr int kBytes = kBarrierOffset + kNumBarriers * 8 + 1024;  // to align boxes
 
   uint32_t base;
@@ -436,6 +312,12 @@ struct HopperShared {
   }
   __device__ __forceinline__ uint32_t Values(int stage) const {
     return base + kValueOffset + stage * kTileBytes;
+  }
+  __device__ __forceinline__ uint32_t KeyScales(int stage) const {
+    return base + kKeyScaleOffset + stage * kKeys * 4;
+  }
+  __device__ __forceinline__ uint32_t Staged(bool is_keys) const {
+    return base + kStagedOffset + (is_keys ? 0 : kStagedBytes);
   }
   __device__ __forceinline__ uint32_t QueriesFull(int group) const {
     return base + kBarrierOffset + group * 8;
@@ -452,9 +334,18 @@ struct HopperShared {
   __device__ __forceinline__ uint32_t ValuesEmpty(int stage) const {
     return KeysFull(stage) + 3 * kStages * 8;
   }
+  __device__ __forceinline__ uint32_t StagedFull(bool is_keys) const {
+    return KeysFull(0) + (4 * kStages + (is_keys ? 0 : 1)) * 8;
+  }
 };
 
 #if __CUDA_ARCH__ == 900
+
+__device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void RaiseRegisters() {
@@ -480,61 +371,80 @@ __device__ __forceinline__ void PrefetchMap(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
+// Where the keys that a block needs begin in the pages, in rows of a head: the fetching warp's lane i
+// has it of box first_box + i.
+__device__ __forceinline__ int RowOfLane(const PrefillArgs& args, const QueryTile& tile, int head,
+                                         int first_box) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int last_box = (tile.position + min(tile.num_left, kGroups * kBoxTokens) - 1) / kBoxTokens;
+  // What lies after the last box of keys is never used: it comes from there.
+  const int token = min(first_box + lane, last_box) * kBoxTokens;
+  const int64_t entry = static_cast<int64_t>(tile.row) * args.max_pages + token / args.page_len;
+  const int page = __ldcg(args.page_table + entry);
+  return (page * args.num_heads + head) * args.page_len + token % args.page_len;
+}
+
+// Where each box of a tile of keys begins, in all lanes.
+template <int kBoxes>
+struct BoxRows {
+  int rows[kBoxes];
+
+  __device__ __forceinline__ BoxRows(int rows_of_lanes, int key_tile) {
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      rows[i] = __shfl_sync(0xffffffffu, rows_of_lanes, (key_tile * kBoxes + i) % kWarpSize);
+    }
+  }
+};
+
+// By one thread.
+template <int kHeadDim, typename Shared>
+__device__ __forceinline__ void FetchQueries(const HopperArgs& hopper, const Shared& shared,
+                                             const QueryTile& tile, int head, int num_groups) {
+  for (int group = 0; group < num_groups; ++group) {
+    BarrierArriveExpecting(shared.QueriesFull(group), Shared::kQueryBytes);
+    for (int box = 0; box < Shared::kBoxes; ++box) {
+      CopyBox(shared.Queries(group) + box * kBoxBytes, hopper.q,
+              head * kHeadDim + box * kBoxColumns, tile.begin + group * kBoxTokens,
+              shared.QueriesFull(group));
+    }
+  }
+}
+
 // The fetching warp: queries, and each tile of keys before the values of the tile ahead of it, in
 // the order in which the groups wait for them.
 template <int kHeadDim>
 __device__ __forceinline__ void Fetch(const HopperArgs& hopper,
-                                      const HopperShared<kHeadDim>& shared, const QueryTile& tile,
-                                      int head, int num_groups, int num_tiles) {
-  using Shared = HopperShared<kHeadDim>;
+                                      const HopperShared<kHeadDim, false>& shared,
+                                      const QueryTile& tile, int head, int num_groups,
+                                      int num_tiles) {
+  using Shared = HopperShared<kHeadDim, false>;
   constexpr int kBoxesDown = Shared::kKeys / kBoxTokens;
-  const KernelArgs& args = hopper.args;
   const int lane = threadIdx.x % kWarpSize;
-  const int last_box = (tile.position + min(tile.num_left, kGroups * kBoxTokens) - 1) / kBoxTokens;
-
-  // Lane i's is where box first_box + i of the keys begins in the pages as a tensor.
-  const auto rows_from = [&](int first_box) {
-    // What lies after the last box of keys is never used: it comes from there.
-    const int token = min(first_box + lane, last_box) * kBoxTokens;
-    const int64_t entry = static_cast<int64_t>(tile.row) * args.max_pages + token / args.page_len;
-    const int page = __ldcg(args.page_table + entry);
-    return (page * args.num_heads + head) * args.page_len + token % args.page_len;
-  };
   const auto fetch = [&](const CUtensorMap& map, uint32_t to, uint32_t full, int key_tile,
                          int rows_of_lanes) {
-    int rows[kBoxesDown];
-#pragma unroll
-    for (int i = 0; i < kBoxesDown; ++i) {
-      rows[i] = __shfl_sync(0xffffffffu, rows_of_lanes, (key_tile * kBoxesDown + i) % kWarpSize);
-    }
+    const BoxRows<kBoxesDown> from(rows_of_lanes, key_tile);
     if (lane != 0) return;
     BarrierArriveExpecting(full, Shared::kTileBytes);
 #pragma unroll
     for (int box = 0; box < Shared::kBoxes; ++box) {
 #pragma unroll
       for (int i = 0; i < kBoxesDown; ++i) {
-        CopyBox(to + box * Shared::kKeyBoxBytes + i * kBoxBytes, map, box * kBoxColumns, rows[i],
-                full);
+        CopyBox(to + box * Shared::kKeyBoxBytes + i * kBoxBytes, map, box * kBoxColumns,
+                from.rows[i], full);
       }
     }
   };
 
-  if (lane == 0) {
-    for (int group = 0; group < num_groups; ++group) {
-      BarrierArriveExpecting(shared.QueriesFull(group), Shared::kQueryBytes);
-      for (int box = 0; box < Shared::kBoxes; ++box) {
-        CopyBox(shared.Queries(group) + box * kBoxBytes, hopper.q,
-                head * kHeadDim + box * kBoxColumns, tile.begin + group * kBoxTokens,
-                shared.QueriesFull(group));
-      }
-    }
-  }
+  if (lane == 0) FetchQueries<kHeadDim>(hopper, shared, tile, head, num_groups);
   int key_rows = 0;
   for (int i = 0; i <= num_tiles; ++i) {
     const int stage = i % kStages, value_stage = (i + kStages - 1) % kStages;
     const int value_rows = key_rows;
     if (i < num_tiles) {
-      if (i * kBoxesDown % kWarpSize == 0) key_rows = rows_from(i * kBoxesDown);
+      if (i * kBoxesDown % kWarpSize == 0) {
+        key_rows = RowOfLane(hopper.args, tile, head, i * kBoxesDown);
+      }
       if (i >= kStages) BarrierWait(shared.KeysEmpty(stage), (i / kStages + 1) % 2);
       fetch(hopper.k, shared.Keys(stage), shared.KeysFull(stage), i, key_rows);
     }
@@ -546,11 +456,98 @@ __device__ __forceinline__ void Fetch(const HopperArgs& hopper,
   }
 }
 
-// A group of four warps: 64 queries against `num_tiles` tiles of keys.
+// The fetching group where pages are INT8, in the same order: one warp copies the next tile of keys,
+// and of values, and all four widen what has come, which only then makes room.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void Attend(const KernelArgs& args, const HopperShared<kHeadDim>& shared,
+__device__ __forceinline__ void FetchInt8(const HopperArgs& hopper,
+                                          const HopperShared<kHeadDim, true>& shared,
+                                          const QueryTile& tile, int head, int num_groups,
+                                          int num_tiles) {
+  using Shared = HopperShared<kHeadDim, true>;
+  constexpr int kBoxesDown = Shared::kKeys / kBoxTokens;
+  const PrefillArgs& args = hopper.args;
+  const int thread = threadIdx.x % kGroupThreads, lane = thread % kWarpSize;
+  const bool is_fetching = Uniform(thread / kWarpSize) == 0;
+  const auto fetch = [&](bool is_keys, int key_tile, int rows_of_lanes) {
+    const BoxRows<kBoxesDown> from(rows_of_lanes, key_tile);
+    if (lane != 0) return;
+    const auto* pages = static_cast<const int8_t*>(is_keys ? args.k_pages : args.v_pages);
+    const float* scales = is_keys ? args.k_scales : args.v_scales;
+    const uint32_t to = shared.Staged(is_keys), full = shared.StagedFull(is_keys);
+    BarrierArriveExpecting(full, Shared::kStagedBytes);
+#pragma unroll
+    for (int i = 0; i < kBoxesDown; ++i) {
+      const int64_t row = from.rows[i];
+      CopyBytes(to + i * kBoxTokens * kHeadDim, pages + row * kHeadDim, kBoxTokens * kHeadDim,
+                full);
+      CopyBytes(to + Shared::kStagedValueBytes + i * kBoxTokens * 4, scales + row, kBoxTokens * 4,
+                full);
+    }
+  };
+  const auto widen = [&](bool is_keys, uint32_t to) {
+    constexpr int kRowPieces = kHeadDim / 8;
+    const uint32_t values = shared.Staged(is_keys), scales = values + Shared::kStagedValueBytes;
+#pragma unroll 4
+    for (int i = 0; i < Shared::kKeys * kRowPieces / kGroupThreads; ++i) {
+      const int at = i * kGroupThreads + thread, row = at / kRowPieces, piece = at % kRowPieces;
+      const uint2 bytes = LoadSharedPair(values + at * 8);
+      StoreShared(
+          to + piece / 8 * Shared::kKeyBoxBytes + PieceOffset(row, piece % 8),
+          is_keys ? WidenKeys<T>(bytes) : WidenValues<T>(bytes, LoadSharedFloat(scales + row * 4)));
+    }
+  };
+  // The tile is there for the products, and its place for the next copy.
+  const auto finish = [&](uint32_t full) {
+    FenceForAsync();
+    GroupBarrier(kGroups);
+    if (thread == 0) BarrierArrive(full);
+  };
+
+  int key_rows = 0, value_rows = 0;
+  if (is_fetching) {
+    if (lane == 0) FetchQueries<kHeadDim>(hopper, shared, tile, head, num_groups);
+    key_rows = RowOfLane(args, tile, head, 0);
+    fetch(true, 0, key_rows);
+    fetch(false, 0, key_rows);
+  }
+  for (int i = 0; i <= num_tiles; ++i) {
+    const int stage = i % kStages, value_stage = (i + kStages - 1) % kStages;
+    if (i < num_tiles) {
+      BarrierWait(shared.StagedFull(true), i % 2);
+      if (i >= kStages) BarrierWait(shared.KeysEmpty(stage), (i / kStages + 1) % 2);
+      widen(true, shared.Keys(stage));
+      if (thread < Shared::kKeys) {
+        const uint32_t scales = shared.Staged(true) + Shared::kStagedValueBytes;
+        StoreShared(shared.KeyScales(stage) + thread * 4,
+                    __float_as_uint(LoadSharedFloat(scales + thread * 4)));
+      }
+      finish(shared.KeysFull(stage));
+      if (is_fetching) {
+        value_rows = key_rows;
+        if (i + 1 < num_tiles) {
+          if ((i + 1) * kBoxesDown % kWarpSize == 0) {
+            key_rows = RowOfLane(args, tile, head, (i + 1) * kBoxesDown);
+          }
+          fetch(true, i + 1, key_rows);
+        }
+      }
+    }
+    if (i > 0) {
+      BarrierWait(shared.StagedFull(false), (i - 1) % 2);
+      if (i > kStages) BarrierWait(shared.ValuesEmpty(value_stage), ((i - 1) / kStages + 1) % 2);
+      widen(false, shared.Values(value_stage));
+      finish(shared.ValuesFull(value_stage));
+      if (is_fetching && i < num_tiles) fetch(false, i, value_rows);
+    }
+  }
+}
+
+// A group of four warps: 64 queries against `num_tiles` tiles of keys.
+template <typename T, bool kIsInt8, int kHeadDim>
+__device__ __forceinline__ void Attend(const PrefillArgs& args,
+                                       const HopperShared<kHeadDim, kIsInt8>& shared,
                                        const QueryTile& tile, int head, int group, int num_tiles) {
-  using Shared = HopperShared<kHeadDim>;
+  using Shared = HopperShared<kHeadDim, kIsInt8>;
   constexpr int kKeys = Shared::kKeys;
   const int thread = threadIdx.x % kGroupThreads;
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -588,6 +585,13 @@ __device__ __forceinline__ void Attend(const KernelArgs& args, const HopperShare
   const auto release = [&](uint32_t empty) {
     if (lane == 0) BarrierArrive(empty);
   };
+  const auto release_keys = [&](int stage) {
+    if constexpr (kIsInt8) {
+      ScaleScores(scores, shared.KeyScales(stage));
+      __syncwarp();
+    }
+    release(shared.KeysEmpty(stage));
+  };
   const auto take_softmax = [&](int i) {
     const int position = first_position + warp * 16 + lane / 4 - i * kKeys;
     const int positions[2] = {position, position + 8};
@@ -607,7 +611,7 @@ __device__ __forceinline__ void Attend(const KernelArgs& args, const HopperShare
   multiply_keys(0);
   WgmmaWait<0>();
   WgmmaKeep(scores);
-  release(shared.KeysEmpty(0));
+  release_keys(0);
   take_softmax(0);
   PackWeights<T>(scores, weights);
   for (int i = 1; i < num_tiles; ++i) {
@@ -618,7 +622,7 @@ __device__ __forceinline__ void Attend(const KernelArgs& args, const HopperShare
     multiply_values(value_stage);
     WgmmaWait<1>();
     WgmmaKeep(scores);
-    release(shared.KeysEmpty(stage));
+    release_keys(stage);
     const float2 rescale = take_softmax(i);
     WgmmaWait<0>();
     WgmmaKeep(sums);
@@ -651,17 +655,20 @@ __device__ __forceinline__ void Attend(const KernelArgs& args, const HopperShare
 
 #endif  // __CUDA_ARCH__ == 900
 
-template <typename T, int kHeadDim>
+template <typename T, typename PageT, int kHeadDim>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     PrefillAttentionHopperKernel(const __grid_constant__ HopperArgs hopper) {
 #if __CUDA_ARCH__ == 900
-  using Shared = HopperShared<kHeadDim>;
+  constexpr bool kIsInt8 = std::is_same_v<PageT, int8_t>;
+  using Shared = HopperShared<kHeadDim, kIsInt8>;
   extern __shared__ uint8_t shared_bytes[];
   const Shared shared(shared_bytes);
   if (threadIdx.x == kGroups * kGroupThreads) {
     PrefetchMap(hopper.q);
-    PrefetchMap(hopper.k);
-    PrefetchMap(hopper.v);
+    if constexpr (!kIsInt8) {
+      PrefetchMap(hopper.k);
+      PrefetchMap(hopper.v);
+    }
   }
   LaunchDependents();
   WaitForDependency();
@@ -684,18 +691,28 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       BarrierInit(shared.KeysEmpty(i), 4 * num_groups);
       BarrierInit(shared.ValuesEmpty(i), 4 * num_groups);
     }
+    if constexpr (kIsInt8) {
+      BarrierInit(shared.StagedFull(true), 1);
+      BarrierInit(shared.StagedFull(false), 1);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   }
   __syncthreads();
   if (group == kGroups) {
-    LowerRegisters<24>();
-    if (threadIdx.x < kGroups * kGroupThreads + kWarpSize) {
-      Fetch<kHeadDim>(hopper, shared, tile, head, num_groups, tiles_of(num_groups - 1));
+    const int num_tiles = tiles_of(num_groups - 1);
+    if constexpr (kIsInt8) {
+      LowerRegisters<40>();
+      FetchInt8<T, kHeadDim>(hopper, shared, tile, head, num_groups, num_tiles);
+    } else {
+      LowerRegisters<24>();
+      if (threadIdx.x < kGroups * kGroupThreads + kWarpSize) {
+        Fetch<kHeadDim>(hopper, shared, tile, head, num_groups, num_tiles);
+      }
     }
   } else {
-    RaiseRegisters<240>();
+    RaiseRegisters<kIsInt8 ? 232 : 240>();
     if (group < num_groups) {
-      Attend<T, kHeadDim>(hopper.args, shared, tile, head, group, tiles_of(group));
+      Attend<T, kIsInt8, kHeadDim>(hopper.args, shared, tile, head, group, tiles_of(group));
     }
   }
 #endif
@@ -707,6 +724,10 @@ constexpr int kPortableThreads = 4 * kWarpSize;
 
 template <int kHeadDim>
 constexpr int kPortableTileBytes = kHeadDim / kBoxColumns * kBoxBytes;
+// Queries, keys and values, and the scales of INT8 keys.
+template <typename PageT, int kHeadDim>
+constexpr int kPortableSharedBytes =
+    3 * kPortableTileBytes<kHeadDim> + (std::is_same_v<PageT, int8_t> ? kBoxTokens * 4 : 0);
 
 #if __CUDA_ARCH__ != 900
 
@@ -739,12 +760,30 @@ __device__ __forceinline__ void CopyRows(uint32_t boxes, const T* from, int64_t 
   }
 }
 
+// Widens 64 rows of an INT8 head to boxes; rows from `num_rows` on become zeros.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void WidenRows(bool is_keys, uint32_t boxes, const int8_t* from,
+                                          const float* scales, int num_rows) {
+  constexpr int kRowPieces = kHeadDim / 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kBoxTokens * kRowPieces; i += kPortableThreads) {
+    const int row = i / kRowPieces, piece = i % kRowPieces;
+    uint4 wide = make_uint4(0, 0, 0, 0);
+    if (row < num_rows) {
+      const uint2 bytes = __ldcg(reinterpret_cast<const uint2*>(from) + i);
+      wide = is_keys ? WidenKeys<T>(bytes) : WidenValues<T>(bytes, __ldcg(scales + row));
+    }
+    StoreShared(boxes + piece / 8 * kBoxBytes + PieceOffset(row, piece % 8), wide);
+  }
+}
+
 #endif  // __CUDA_ARCH__ != 900
 
-template <typename T, int kHeadDim>
+template <typename T, typename PageT, int kHeadDim>
 __global__ void __launch_bounds__(kPortableThreads)
-    PrefillAttentionKernel(const __grid_constant__ KernelArgs args) {
+    PrefillAttentionKernel(const __grid_constant__ PrefillArgs args) {
 #if __CUDA_ARCH__ != 900
+  constexpr bool kIsInt8 = std::is_same_v<PageT, int8_t>;
   constexpr int kKeys = kBoxTokens;
   extern __shared__ uint4 shared_pieces[];
   LaunchDependents();
@@ -758,14 +797,27 @@ __global__ void __launch_bounds__(kPortableThreads)
   const uint32_t queries = SharedAddress(shared_pieces);
   const uint32_t keys = queries + kPortableTileBytes<kHeadDim>;
   const uint32_t values = keys + kPortableTileBytes<kHeadDim>;
+  const uint32_t key_scales = values + kPortableTileBytes<kHeadDim>;
 
-  const auto copy_tile = [&](uint32_t to, const void* pages, int i) {
-    const int token = i * kKeys;
+  const auto copy_tile = [&](bool is_keys, int i) {
+    const int token = i * kKeys, num_rows = tile.position + num_queries - token;
+    const uint32_t to = is_keys ? keys : values;
+    const void* pages = is_keys ? args.k_pages : args.v_pages;
     const int64_t entry = static_cast<int64_t>(tile.row) * args.max_pages + token / args.page_len;
     const int64_t page = __ldcg(args.page_table + entry);
     const int64_t slot = (page * args.num_heads + head) * args.page_len + token % args.page_len;
-    CopyRows<T, kHeadDim>(to, static_cast<const T*>(pages) + slot * kHeadDim, kHeadDim,
-                          tile.position + num_queries - token);
+    if constexpr (kIsInt8) {
+      const float* scales = (is_keys ? args.k_scales : args.v_scales) + slot;
+      WidenRows<T, kHeadDim>(is_keys, to, static_cast<const int8_t*>(pages) + slot * kHeadDim,
+                             scales, num_rows);
+      if (is_keys && threadIdx.x < kKeys) {
+        const int row = threadIdx.x;
+        StoreShared(key_scales + row * 4,
+                    __float_as_uint(row < num_rows ? __ldcg(scales + row) : 0.0f));
+      }
+    } else {
+      CopyRows<T, kHeadDim>(to, static_cast<const T*>(pages) + slot * kHeadDim, kHeadDim, num_rows);
+    }
     CopyAsyncCommit();
   };
 
@@ -773,14 +825,14 @@ __global__ void __launch_bounds__(kPortableThreads)
   CopyRows<T, kHeadDim>(
       queries, static_cast<const T*>(args.qkv) + tile.begin * token_stride + head * kHeadDim,
       token_stride, num_queries);
-  copy_tile(keys, args.k_pages, 0);
+  copy_tile(true, 0);
 
   float sums[kHeadDim / 2];
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0.0f;
   Softmax softmax[2];
   for (int i = 0; i < num_tiles; ++i) {
-    copy_tile(values, args.v_pages, i);
+    copy_tile(false, i);
     CopyAsyncWait<1>();
     __syncthreads();
     if (i == 0 && args.rotary_dim > 0) {
@@ -805,9 +857,10 @@ __global__ void __launch_bounds__(kPortableThreads)
         MultiplyAdd<T>(scores + j * 8 + 4, a, b[2], b[3]);
       }
     }
+    if constexpr (kIsInt8) ScaleScores(scores, key_scales);
     __syncthreads();
     if (i + 1 < num_tiles) {
-      copy_tile(keys, args.k_pages, i + 1);
+      copy_tile(true, i + 1);
     } else {
       CopyAsyncCommit();
     }
@@ -838,119 +891,39 @@ __global__ void __launch_bounds__(kPortableThreads)
 
 // --- launch ---
 
-int64_t MaxTiles(const PrefillAttentionParams& params, int64_t tile_queries) {
-  const int64_t max_new = std::min(params.max_new, params.total_tokens);
-  return std::min(params.total_tokens / tile_queries + params.batch,
-                  params.batch * ((max_new + tile_queries - 1) / tile_queries));
-}
-
-KernelArgs ArgsOf(const PrefillAttentionParams& params, int tile_queries) {
-  KernelArgs args;
-  args.qkv = params.qkv;
-  args.cos = params.cos;
-  args.sin = params.sin;
-  args.k_pages = params.k_pages;
-  args.v_pages = params.v_pages;
-  args.page_table = params.page_table;
-  args.begins = params.begins;
-  args.num_new = params.num_new;
-  args.lengths = params.lengths;
-  args.act = params.act;
-  args.tiles = reinterpret_cast<int4*>(params.tiles);
-  args.batch = static_cast<int>(params.batch);
-  args.total_tokens = static_cast<int>(params.total_tokens);
-  args.num_heads = static_cast<int>(params.num_heads);
-  args.page_len = static_cast<int>(params.page_len);
-  args.max_pages = static_cast<int>(params.max_pages);
-  args.rotary_dim = static_cast<int>(params.rotary_dim);
-  args.act_dim = static_cast<int>(params.act_dim);
-  args.max_tiles = static_cast<int>(MaxTiles(params, tile_queries));
-  args.tile_queries = tile_queries;
-  args.log2_scale = kLog2E / sqrtf(static_cast<float>(params.head_dim));
-  return args;
-}
-
-template <typename T, int kHeadDim>
-struct Launcher {
-  const PrefillAttentionParams& params;
-  cudaStream_t stream;
-
-  // The portable kernel, which says for what the library's code on this device was compiled.
-  const KernelTraits& PortableTraits() const {
-    return TraitsOf<PrefillAttentionKernel<T, kHeadDim>>(
-        [](bool) { return 3 * kPortableTileBytes<kHeadDim>; });
-  }
-  bool HasWgmma() const { return PortableTraits().ptx_version == 90; }
-  int TileQueries() const { return HasWgmma() ? kGroups * kBoxTokens : kBoxTokens; }
-
-  const char* Append() const {
-    constexpr auto kKernel = PrefillAppendKernel<T, kHeadDim>;
-    const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
-    if (traits.error != cudaSuccess) return MessageOf(traits.error);
-    if (PortableTraits().error != cudaSuccess) return MessageOf(PortableTraits().error);
-    const dim3 grid(static_cast<unsigned>(params.total_tokens + 1));
+template <typename T, typename PageT, int kHeadDim>
+const char* LaunchAttend(const PrefillAttentionParams& params, cudaStream_t stream) {
+  constexpr bool kIsInt8 = std::is_same_v<PageT, int8_t>;
+  constexpr auto kPortableKernel = PrefillAttentionKernel<T, PageT, kHeadDim>;
+  constexpr int kPortableBytes = kPortableSharedBytes<PageT, kHeadDim>;
+  const KernelTraits& portable = TraitsOf<kPortableKernel>([](bool) { return kPortableBytes; });
+  if (portable.error != cudaSuccess) return MessageOf(portable.error);
+  const PrefillArgs args = ArgsOf(params, TileQueries(portable));
+  const int64_t blocks = static_cast<int64_t>(args.max_tiles) * params.num_heads;
+  if (blocks > INT_MAX) return "prefill_attention on CUDA takes fewer tokens and heads";
+  if (blocks == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>(blocks));
+  if (!HasWgmma(portable)) {
     return MessageOf(
-        Launch<kKernel>(traits, grid, kAppendThreads, 0, stream, ArgsOf(params, TileQueries())));
+        Launch<kPortableKernel>(portable, grid, kPortableThreads, kPortableBytes, stream, args));
   }
-
-  const char* Attend() const {
-    if (PortableTraits().error != cudaSuccess) return MessageOf(PortableTraits().error);
-    const KernelArgs args = ArgsOf(params, TileQueries());
-    const int64_t blocks = static_cast<int64_t>(args.max_tiles) * params.num_heads;
-    if (blocks > INT_MAX) return "prefill_attention on CUDA takes fewer tokens and heads";
-    if (blocks == 0) return nullptr;
-    const dim3 grid(static_cast<unsigned>(blocks));
-    if (!HasWgmma()) {
-      return MessageOf(Launch<PrefillAttentionKernel<T, kHeadDim>>(
-          PortableTraits(), grid, kPortableThreads, 3 * kPortableTileBytes<kHeadDim>, stream,
-          args));
-    }
-    constexpr auto kKernel = PrefillAttentionHopperKernel<T, kHeadDim>;
-    constexpr int kSharedBytes = HopperShared<kHeadDim>::kBytes;
-    const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return kSharedBytes; });
-    if (traits.error != cudaSuccess) return MessageOf(traits.error);
-    HopperArgs hopper;
-    hopper.args = args;
-    const int64_t cache_rows = params.num_pages * params.num_heads * params.page_len;
-    const char* message = DescribeBoxes(&hopper.q, params.qkv, params.total_tokens,
-                                        3 * params.num_heads * kHeadDim, 2, kBoxTokens);
-    if (message == nullptr) {
-      message = DescribeBoxes(&hopper.k, params.k_pages, cache_rows, kHeadDim, 2, kBoxTokens);
-    }
-    if (message == nullptr) {
-      message = DescribeBoxes(&hopper.v, params.v_pages, cache_rows, kHeadDim, 2, kBoxTokens);
-    }
-    if (message != nullptr) return message;
-    return MessageOf(Launch<kKernel>(traits, grid, kHopperThreads, kSharedBytes, stream, hopper));
+  constexpr auto kKernel = PrefillAttentionHopperKernel<T, PageT, kHeadDim>;
+  constexpr int kSharedBytes = HopperShared<kHeadDim, kIsInt8>::kBytes;
+  const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return kSharedBytes; });
+  if (traits.error != cudaSuccess) return MessageOf(traits.error);
+  HopperArgs hopper = {};
+  hopper.args = args;
+  const int64_t cache_rows = params.num_pages * params.num_heads * params.page_len;
+  const char* message = DescribeBoxes(&hopper.q, params.qkv, params.total_tokens,
+                                      3 * params.num_heads * kHeadDim, 2, kBoxTokens);
+  if (message == nullptr && !kIsInt8) {
+    message = DescribeBoxes(&hopper.k, params.k_pages, cache_rows, kHeadDim, 2, kBoxTokens);
   }
-};
-
-// Calls run(Launcher) for the parameters' type and head_dim.
-template <typename Run>
-const char* ForLauncher(const PrefillAttentionParams& params, void* stream, Run run) {
-  if (params.batch == 0 || params.total_tokens == 0) return nullptr;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const auto for_type = [&](auto value) {
-    using T = decltype(value);
-    switch (params.head_dim) {
-      case 64:
-        return run(Launcher<T, 64>{params, cuda_stream});
-      case 128:
-        return run(Launcher<T, 128>{params, cuda_stream});
-      case 256:
-        return run(Launcher<T, 256>{params, cuda_stream});
-      default:
-        return "prefill_attention on CUDA takes a head_dim of 64, 128 or 256";
-    }
-  };
-  switch (params.dtype) {
-    case DataType::kFloat16:
-      return for_type(__half());
-    case DataType::kBfloat16:
-      return for_type(__nv_bfloat16());
-    default:
-      return "prefill_attention on CUDA takes float16 or bfloat16";
+  if (message == nullptr && !kIsInt8) {
+    message = DescribeBoxes(&hopper.v, params.v_pages, cache_rows, kHeadDim, 2, kBoxTokens);
   }
+  if (message != nullptr) return message;
+  return MessageOf(Launch<kKernel>(traits, grid, kHopperThreads, kSharedBytes, stream, hopper));
 }
 
 }  // namespace
@@ -959,12 +932,12 @@ int64_t PrefillAttentionTilesBytes(const PrefillAttentionParams& params) {
   return MaxTiles(params, kBoxTokens) * static_cast<int64_t>(sizeof(int4));
 }
 
-const char* LaunchPrefillAppend(const PrefillAttentionParams& params, void* stream) {
-  return ForLauncher(params, stream, [](const auto& launcher) { return launcher.Append(); });
-}
-
 const char* LaunchPrefillAttend(const PrefillAttentionParams& params, void* stream) {
-  return ForLauncher(params, stream, [](const auto& launcher) { return launcher.Attend(); });
+  return ForPrefillKind(params, [&](auto kind) {
+    using Kind = decltype(kind);
+    return LaunchAttend<typename Kind::Value, typename Kind::PageValue, Kind::kHeadDim>(
+        params, static_cast<cudaStream_t>(stream));
+  });
 }
 
 const char* LaunchPrefillAttention(const PrefillAttentionParams& params, void* stream) {
