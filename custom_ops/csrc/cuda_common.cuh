@@ -321,8 +321,15 @@ const KernelTraits& TraitsOf(SharedBytes shared_bytes) {
     if (traits.error == cudaSuccess) {
       traits.ptx_version = attributes.ptxVersion;
       traits.is_hopper = attributes.ptxVersion >= 90;
-      traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          shared_bytes(traits.is_hopper));
+      const int bytes = shared_bytes(traits.is_hopper);
+      traits.error =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      // Such a kernel's data goes through it, and its blocks share what there is.
+      constexpr int kMuch = 48 * 1024;
+      if (traits.error == cudaSuccess && bytes >= kMuch) {
+        traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                            cudaSharedmemCarveoutMaxShared);
+      }
     }
     if (traits.error == cudaSuccess) {
       traits.error = cudaDeviceGetAttribute(&traits.num_multiprocessors,

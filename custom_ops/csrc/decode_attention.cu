@@ -35,6 +35,7 @@ constexpr int kBlocksPerMultiprocessor = 2;  // that run at once
 // shared memory that the blocks of a product leave.
 constexpr int kMaxClusterSize = 8;
 constexpr int kMaxClusterParts = 8;
+constexpr int kMaxClusterBlocks = 2;  // a multiprocessor: more clusters are slow to find room
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename T, int kHeadDim>
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (args.is_cluster) ClusterArrive();  // the first block's shared memory is there
 #endif
 
-  const int row = blockIdx.z;
-  const int head = blockIdx.y;
+  const int row = blockIdx.y / args.num_heads;
+  const int head = blockIdx.y % args.num_heads;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   T* out = static_cast<T*>(args.act) + static_cast<int64_t>(row) * args.act_dim + head * kHeadDim;
@@ -208,9 +209,10 @@ int64_t SplitsOf(const DecodeAttentionParams& params) {
   return (params.max_pages * params.page_len + kSplitKeys - 1) / kSplitKeys;
 }
 
+// `takes_heads`: the kernel's blocks may go through several heads.
 template <auto kKernel, int kHeadDim>
 const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int shared_bytes,
-                         int blocks_per_multiprocessor, cudaStream_t stream) {
+                         int blocks_per_multiprocessor, bool takes_heads, cudaStream_t stream) {
   constexpr int kPartBytes = (kHeadDim + 2) * static_cast<int>(sizeof(float));
   const KernelTraits& traits = TraitsOf<kKernel>([shared_bytes](bool is_hopper) {
     return shared_bytes + (is_hopper ? kMaxClusterParts * kPartBytes : 0);
@@ -230,6 +232,7 @@ const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int s
   args.act = params.act;
   args.partials = params.partials;
   args.semaphores = params.semaphores;
+  args.batch_heads = static_cast<int>(params.batch * params.num_heads);
   args.num_heads = static_cast<int>(params.num_heads);
   args.page_len = static_cast<int>(params.page_len);
   args.max_pages = static_cast<int>(params.max_pages);
@@ -237,17 +240,19 @@ const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int s
   args.rotary_dim = static_cast<int>(params.rotary_dim);
   args.act_dim = static_cast<int>(params.act_dim);
   args.log2_scale = kLog2E / sqrtf(static_cast<float>(kHeadDim));
-  const int64_t blocks_per_split = params.batch * params.num_heads;
   // As many blocks as run at once, if there is work for them: more would wait, and a head that a
   // block has to itself needs no scratch.
-  const int64_t splits =
-      std::clamp<int64_t>(blocks_per_multiprocessor * traits.num_multiprocessors / blocks_per_split,
-                          1, SplitsOf(params));
+  const int64_t num_blocks = blocks_per_multiprocessor * traits.num_multiprocessors;
+  const int64_t splits = std::clamp<int64_t>(num_blocks / args.batch_heads, 1, SplitsOf(params));
+  const int64_t heads_per_block =
+      takes_heads && splits == 1 ? (args.batch_heads + num_blocks - 1) / num_blocks : 1;
   args.is_cluster = traits.is_hopper && splits > 1 && splits <= kMaxClusterSize &&
-                    args.max_splits <= kMaxClusterParts;
+                    args.max_splits <= kMaxClusterParts &&
+                    splits * args.batch_heads <= kMaxClusterBlocks * traits.num_multiprocessors;
   args.prefetch_cache = params.prefetch_cache;
-  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(params.num_heads),
-                  static_cast<unsigned>(params.batch));
+  const dim3 grid(
+      static_cast<unsigned>(splits),
+      static_cast<unsigned>((args.batch_heads + heads_per_block - 1) / heads_per_block));
   if (args.is_cluster) shared_bytes += args.max_splits * kPartBytes;
   return MessageOf(Launch<kKernel>(traits, grid, threads, shared_bytes, stream, args,
                                    args.is_cluster ? static_cast<int>(splits) : 1));
@@ -258,9 +263,9 @@ const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t s
   return params.k_scales != nullptr
              ? LaunchKernel<DecodeAttentionInt8Kernel<T, kHeadDim>, kHeadDim>(
                    params, int8::kThreads, 3 * int8::Tile<kHeadDim>::kBytes,
-                   int8::kBlocksPerMultiprocessor, stream)
+                   int8::kBlocksPerMultiprocessor, true, stream)
              : LaunchKernel<DecodeAttentionKernel<T, kHeadDim>, kHeadDim>(
-                   params, kThreads, 0, kBlocksPerMultiprocessor, stream);
+                   params, kThreads, 0, kBlocksPerMultiprocessor, false, stream);
 }
 
 template <typename T>

@@ -25,6 +25,7 @@ struct DecodeAttentionArgs {
   void* act;
   float* partials;
   int32_t* semaphores;
+  int batch_heads;  // of all rows
   int num_heads;
   int page_len;
   int max_pages;
@@ -153,9 +154,9 @@ class HeadSum {
   }
 
   // Once the block has added its splits: writes the head's result where this thread and block have
-  // it. All of a block's threads call it.
+  // it, or zeros. All of a block's threads call it.
   template <typename T>
-  __device__ __forceinline__ void Write(T* out) {
+  __device__ __forceinline__ void Write(T* out, bool has_keys = true) {
 #if __CUDA_ARCH__ >= 900
     if (!is_alone_ && is_cluster_) {
       ClusterArrive();
@@ -204,7 +205,7 @@ class HeadSum {
     if (dim_ >= kHeadDim) return;
 #pragma unroll
     for (int i = 0; i < kDims; ++i) {
-      out[dim_ + i] = FromFloat<T>(total_.output[i] / total_.sum);
+      out[dim_ + i] = FromFloat<T>(has_keys ? total_.output[i] / total_.sum : 0.0f);
     }
   }
 
