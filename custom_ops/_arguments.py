@@ -47,13 +47,11 @@ def ffi_dtype_problem(platform: str, dtype: np.dtype) -> str | None:
     return f"dtype must be {' or '.join(kind.name for kind in allowed)} on {platform}, got {dtype.name}"
 
 
-def ffi_pages_problem(platform: str, dtype: Any, pages_dtype: Any) -> str | None:
+def ffi_pages_problem(dtype: Any, pages_dtype: Any) -> str | None:
     """Why "ffi" cannot attend to pages of this dtype (None: that of the activations), or None if it can."""
-    if pages_dtype is None or np.dtype(pages_dtype) == np.dtype(dtype):
+    if pages_dtype is None or np.dtype(pages_dtype) in (np.dtype(dtype), np.dtype(jnp.int8)):
         return None
-    if np.dtype(pages_dtype) != np.dtype(jnp.int8):
-        return f"pages must be {np.dtype(dtype).name} or int8, got {np.dtype(pages_dtype).name}"
-    return None if platform == "cpu" else "the CUDA kernels do not support an INT8 cache yet"
+    return f"pages must be {np.dtype(dtype).name} or int8, got {np.dtype(pages_dtype).name}"
 
 
 def check_attention(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from custom_ops import _arguments, _library
 from custom_ops import pages as kv_pages
-from custom_ops.decode_attention import HEAD_DIMS
+from custom_ops.decode_attention import HEAD_DIMS, values_and_scales
 from custom_ops.quantization import QuantizedArray
 from custom_ops.rotary import apply_rotary
 
@@ -78,7 +78,7 @@ def prefill_attention(
             for the reference far less work.
         semaphores: passed through: the kernels of this op do not count.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": NVIDIA GPUs, at most 1024 rows, head_dim 64, 128
-            or 256, page_len a multiple of 64, fp16 and bf16, no INT8 pages yet.
+            or 256, page_len a multiple of 64, fp16 and bf16, INT8 pages too.
 
     Returns:
         (act, k_pages, v_pages, semaphores).
@@ -203,7 +203,7 @@ def prefill_attention_ffi(
     act: Float[Array, "total_tokens act_dim"],
     *,
     max_new: int | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, kv_pages.Pages, kv_pages.Pages]:
     """`prefill_attention` through XLA's FFI (csrc/prefill_attention.h): the CUDA handler on an NVIDIA GPU.
 
     On arrays that are sharded over devices, call it inside `jax.shard_map`. `jax.vmap` of it raises.
@@ -216,22 +216,25 @@ def prefill_attention_ffi(
     )
     if problem is not None:
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
-    assert not isinstance(k_pages, QuantizedArray)  # a problem above
-    assert not isinstance(v_pages, QuantizedArray)
+    (k_values, k_scales), (v_values, v_scales) = map(values_and_scales, (k_pages, v_pages))
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
     num_tiles = min(total_tokens // _MIN_TILE_QUERIES + batch, batch * -(-max_new // _MIN_TILE_QUERIES))
     results = (
         jax.ShapeDtypeStruct(act.shape, act.dtype),
-        jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
-        jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+        *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in (k_values, k_scales, v_values, v_scales)),
         jax.ShapeDtypeStruct((num_tiles, 4), jnp.int32),
     )
-    call = jax.ffi.ffi_call("kogpt_prefill_attention", results, input_output_aliases={9: 0, 3: 1, 4: 2})
-    act, k_pages, v_pages, _ = call(
+    aliases = {11: 0, 3: 1, 5: 3}
+    if isinstance(k_pages, QuantizedArray):
+        aliases |= {4: 2, 6: 4}
+    call = jax.ffi.ffi_call("kogpt_prefill_attention", results, input_output_aliases=aliases)
+    act, k_values, k_scales, v_values, v_scales, _ = call(
         qkv,
         *rotary,
-        k_pages,
-        v_pages,
+        k_values,
+        k_scales,
+        v_values,
+        v_scales,
         page_table,
         begins,
         num_new,
@@ -239,7 +242,9 @@ def prefill_attention_ffi(
         act,
         max_new=np.int64(max_new),
     )
-    return act, k_pages, v_pages
+    if isinstance(k_pages, QuantizedArray):
+        return act, QuantizedArray(k_values, k_scales), QuantizedArray(v_values, v_scales)
+    return act, k_values, v_values
 
 
 def prefill_attention_ffi_problem(
@@ -257,7 +262,7 @@ def prefill_attention_ffi_problem(
         return f"there must be at most {MAX_ATTENTION_ROWS} rows, got {batch}"
     if problem := _arguments.ffi_dtype_problem(platform, np.dtype(dtype)):
         return problem
-    if problem := _arguments.ffi_pages_problem(platform, dtype, pages_dtype):
+    if problem := _arguments.ffi_pages_problem(dtype, pages_dtype):
         return problem
     library = _library.load(platform)
     return None if library.problem is None else f"prefill_attention needs the CUDA library: {library.problem}"

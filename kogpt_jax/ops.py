@@ -37,7 +37,6 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     takes groups for both, so that a row has the same bits in a batch of any size. For the layers' products of whole
     sequences with INT8 weights "auto" takes what was the fastest, where this device has been timed with such products
     (`custom_ops.autotune`), else the project's kernel on a GPU.
-    An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
 
     Raises:
         InputError: an unknown choice, or "ffi" where it cannot work, with the reason.

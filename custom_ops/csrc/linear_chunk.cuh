@@ -51,37 +51,6 @@ inline constexpr bool kOnHopper = false;
 template <typename Weight, int kRowTiles>
 using DeviceRing = Ring<Weight, kRowTiles, kOnHopper>;
 
-// Eight INT8 values as pairs of 16-bit numbers, exactly; their scale is applied to the sum.
-template <typename T>
-struct Widened {
-  uint32_t words[4];
-
-  __device__ __forceinline__ Widened(uint32_t low, uint32_t high) {
-    const uint32_t bytes[2] = {low, high};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t selector =
-          i % 2 == 0 ? 0x4140 : 0x4342;  // each value below the constant's byte
-      if constexpr (std::is_same_v<T, __half>) {
-        // 0x6400 + u is 1024 + u; u = value + 128.
-        const uint32_t raised = __byte_perm(bytes[i / 2] ^ 0x80808080u, 0x64646464u, selector);
-        const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised),
-                                     __half2(__half_raw{0x6480}, __half_raw{0x6480}));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to
-        // subtract into 256.
-        const uint32_t raised = __byte_perm(bytes[i / 2], 0x43434343u, selector);
-        const uint32_t low = raised & 0xff7fff7fu;
-        const uint32_t offset = raised & 0xff80ff80u;
-        const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&low),
-                                            *reinterpret_cast<const __nv_bfloat162*>(&offset));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      }
-    }
-  }
-};
-
 // Where piece `piece` (16 bytes) of row `row` lies in a box.
 __device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
   return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
