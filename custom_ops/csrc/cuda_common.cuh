@@ -17,6 +17,10 @@ namespace kogpt {
 
 inline constexpr int kWarpSize = 32;
 
+// A value that is the same in the whole warp, so that the compiler knows it, too: products behind a
+// branch that it takes for divergent run one after another.
+__device__ __forceinline__ int Uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // Loads and stores of what other kernels write go to L2 (__ldcg and the like): under dependent
 // launch a kernel starts while the one ahead still writes, so that L1 might keep an older value.
 
@@ -176,6 +180,14 @@ __device__ __forceinline__ uint4 Pack(const float (&values)[8]) {
   return make_uint4(
       Pair<T>::FromFloats(values[0], values[1]), Pair<T>::FromFloats(values[2], values[3]),
       Pair<T>::FromFloats(values[4], values[5]), Pair<T>::FromFloats(values[6], values[7]));
+}
+
+// Of an 8 x 8 matrix of 16-bit values a lane gives those of row lane / 4, columns 2 (lane % 4) and one
+// further, and gets those of its transpose.
+__device__ __forceinline__ uint32_t TransposeMatrix(uint32_t values) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(values));
+  return transposed;
 }
 
 // sums += A B for 16 rows of A, 8 columns of B and 16 k, in f32; operands as the instruction m16n8k16
