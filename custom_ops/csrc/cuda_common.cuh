@@ -17,6 +17,10 @@ namespace kogpt {
 
 inline constexpr int kWarpSize = 32;
 
+// A value that is the same in the whole warp, so that the compiler knows it, too: products behind a
+// branch that it takes for divergent run one after another.
+__device__ __forceinline__ int Uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // Loads and stores of what other kernels write go to L2 (__ldcg and the like): under dependent
 // launch a kernel starts while the one ahead still writes, so that L1 might keep an older value.
 
@@ -238,36 +242,50 @@ class Int8Rounding {
   bool is_normal_;
 };
 
-// Eight INT8 values as pairs of 16-bit numbers, exactly; their scale is applied to the sum.
+// Two INT8 values, those of `word` that `selector` puts into bytes 0 and 2, as 16-bit numbers,
+// exactly; their scale is applied to the sum.
+template <typename T>
+__device__ __forceinline__ uint32_t WidenPair(uint32_t word, uint32_t selector) {
+  if constexpr (std::is_same_v<T, __half>) {
+    // 0x6400 + u is 1024 + u; u = value + 128.
+    const uint32_t raised = __byte_perm(word ^ 0x80808080u, 0x64646464u, selector);
+    const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised),
+                                 __half2(__half_raw{0x6480}, __half_raw{0x6480}));
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to
+    // subtract into 256.
+    const uint32_t raised = __byte_perm(word, 0x43434343u, selector);
+    const uint32_t low = raised & 0xff7fff7fu;
+    const uint32_t offset = raised & 0xff80ff80u;
+    const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&low),
+                                        *reinterpret_cast<const __nv_bfloat162*>(&offset));
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// The selectors of `WidenPair` for the first and the last two values of a word: each below the
+// constant's byte.
+inline constexpr uint32_t kFirstTwo = 0x4140;
+inline constexpr uint32_t kLastTwo = 0x4342;
+
+// Eight INT8 values as pairs of 16-bit numbers.
 template <typename T>
 struct Widened {
   uint32_t words[4];
 
-  __device__ __forceinline__ Widened(uint32_t low, uint32_t high) {
-    const uint32_t bytes[2] = {low, high};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t selector =
-          i % 2 == 0 ? 0x4140 : 0x4342;  // each value below the constant's byte
-      if constexpr (std::is_same_v<T, __half>) {
-        // 0x6400 + u is 1024 + u; u = value + 128.
-        const uint32_t raised = __byte_perm(bytes[i / 2] ^ 0x80808080u, 0x64646464u, selector);
-        const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised),
-                                     __half2(__half_raw{0x6480}, __half_raw{0x6480}));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to
-        // subtract into 256.
-        const uint32_t raised = __byte_perm(bytes[i / 2], 0x43434343u, selector);
-        const uint32_t low = raised & 0xff7fff7fu;
-        const uint32_t offset = raised & 0xff80ff80u;
-        const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&low),
-                                            *reinterpret_cast<const __nv_bfloat162*>(&offset));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      }
-    }
-  }
+  __device__ __forceinline__ Widened(uint32_t low, uint32_t high)
+      : words{WidenPair<T>(low, kFirstTwo), WidenPair<T>(low, kLastTwo),
+              WidenPair<T>(high, kFirstTwo), WidenPair<T>(high, kLastTwo)} {}
 };
+
+// Of an 8 x 8 matrix of 16-bit values a lane gives those of row lane / 4, columns 2 (lane % 4) and one
+// further, and gets those of its transpose.
+__device__ __forceinline__ uint32_t TransposeMatrix(uint32_t values) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(values));
+  return transposed;
+}
 
 // sums += A B for 16 rows of A, 8 columns of B and 16 k, in f32; operands as the instruction m16n8k16
 // has them: four registers of A, two of B.

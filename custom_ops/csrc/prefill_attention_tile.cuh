@@ -12,10 +12,6 @@ constexpr int kBoxBytes = kBoxTokens * kBoxRowBytes;
 constexpr int kBoxColumns = 64;        // 16-bit values of a box's row
 constexpr float kRescaleAbove = 8.0f;  // in powers of two
 
-// A value that is the same in the whole warp, so that the compiler knows it, too: products behind a
-// branch that it takes for divergent run one after another.
-__device__ __forceinline__ int Uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-
 // Some neighbouring queries of a row. Absent: num_left is 0.
 struct QueryTile {
   int begin;     // its first token
