@@ -10,6 +10,10 @@
 //   values    a warp takes a quarter of the dimensions of all 64 keys, once the warps have met for
 //             the scores: no sums of warps are left to add. Bytes are transposed on the way, since a
 //             register of the first operand has four keys of one dimension.
+//   loads     lanes hold pieces of 8 and 16 bytes of an operand, which would be read from device
+//             memory as slivers of lines; so whole lines are copied to shared memory, to a ring of
+//             three tiles of 64 keys or values that goes on filling from one head of the block to
+//             the next.
 //   new       three warps rotate and round the query, the key and the value before the first split;
 //             the block that meets the new token writes it to its page.
 #ifndef CUSTOM_OPS_DECODE_ATTENTION_INT8_CUH_
@@ -182,12 +186,17 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
     load_tile(args.k_pages, position, second, slot_of(blockIdx.y, second), tile_of(2));
     CopyAsyncCommit();
   };
-  // q, k or v, by warp, as the product ahead has left it.
+  // q, k or v, by warp, as the product ahead has left it, and its angles.
+  struct NewToken {
+    uint4 bits;
+    Rotation rotation;
+  };
   const auto load_new = [&](int head) {
-    const int64_t part = static_cast<int64_t>(head / args.num_heads) * 3 + min(warp, 2);
-    return __ldcg(reinterpret_cast<const uint4*>(
-        static_cast<const T*>(args.qkv) +
-        (part * args.num_heads + head % args.num_heads) * kHeadDim + dim));
+    const int row = head / args.num_heads;
+    const int64_t part = static_cast<int64_t>(row) * 3 + min(warp, 2);
+    const T* from = static_cast<const T*>(args.qkv) +
+                    (part * args.num_heads + head % args.num_heads) * kHeadDim + dim;
+    return NewToken{__ldcg(reinterpret_cast<const uint4*>(from)), Rotation(args, row, dim)};
   };
 
   // The cache comes from device memory while the product ahead still runs. Should the position turn
@@ -195,8 +204,9 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
   if (!args.prefetch_cache) WaitForDependency();
   int next_position = args.PositionOf(blockIdx.y / args.num_heads);
   load_first(next_position);
+  if (args.prefetch_cache) WaitForDependency();
+  NewToken next_token = load_new(blockIdx.y);
   if (args.prefetch_cache) {
-    WaitForDependency();
     const int foreseen = next_position;
     next_position = args.PositionOf(blockIdx.y / args.num_heads);
     if (next_position != foreseen) {
@@ -211,17 +221,15 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
     // A finished row has one split without keys.
     const int num_splits = max(position, 0) / kSplitKeys + 1;
     if (static_cast<int>(blockIdx.x) >= num_splits) return;
-    uint4 bits = load_new(head);
-    const Rotation rotation(args, row, dim);
+    const NewToken token = next_token;
     const int next_head = head + gridDim.y;
     const bool has_next_head = next_head < args.batch_heads;
     if (has_next_head) next_position = args.PositionOf(next_head / args.num_heads);
 
     if (warp < 3) {
       const bool is_first = lane * 8 < kHeadDim;  // the lanes behind have the same again
-      if (warp < 2) bits = rotation.Rotate<T>(bits);
       float values[8];
-      Unpack<T>(bits, values);
+      Unpack<T>(warp < 2 ? token.rotation.template Rotate<T>(token.bits) : token.bits, values);
       float largest = 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; ++i) largest = Largest()(largest, fabsf(values[i]));
@@ -393,6 +401,7 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
       }
       total.Add(split, part);
     }
+    if (has_next_head) next_token = load_new(next_head);
     T* const out = static_cast<T*>(args.act) + static_cast<int64_t>(row) * args.act_dim +
                    head % args.num_heads * kHeadDim;
     total.Write(out, position >= 0);
