@@ -62,15 +62,16 @@ def check_attention(
     page_table: jax.Array,
     act: jax.Array,
     num_tokens: int,
+    qkv_dim: int | None = None,
     **per_row: jax.Array,
 ) -> None:
-    """What `decode_attention` and `prefill_attention` ask of their arguments: ``num_tokens`` new tokens, and one number
-    a row in each of ``per_row``."""
+    """What `decode_attention` and `prefill_attention` ask of their arguments: ``num_tokens`` new tokens, ``qkv_dim``
+    columns of ``qkv`` (None: as many as q, k and v have), and one number a row in each of ``per_row``."""
     check_rank("k_pages", k_pages, 4)
     check_rank("act", act, 2)
     _, num_heads, _, head_dim = k_pages.shape
     check_shape("v_pages", v_pages, k_pages.shape)
-    check_shape("qkv", qkv, (num_tokens, 3 * num_heads * head_dim))
+    check_shape("qkv", qkv, (num_tokens, 3 * num_heads * head_dim if qkv_dim is None else qkv_dim))
     if isinstance(k_pages, QuantizedArray):
         dtype = qkv.dtype
         check_dtype("qkv", qkv, FLOAT_DTYPES)

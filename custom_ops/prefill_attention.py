@@ -19,6 +19,7 @@ MAX_ATTENTION_ROWS = 1024  # with implementation "ffi"
 
 # The CUDA kernels list tiles of this many queries of a row, or of more.
 _MIN_TILE_QUERIES = 64
+_ROW_COLUMNS = 8  # of qkv are 16 bytes, at which the kernels' rows must begin
 # The reference takes tiles of this many queries of a row, and so many together, but no more than that, that their
 # scores, [tiles, N, block, max_pages * page_len], take these bytes at most.
 QUERY_BLOCK = 128
@@ -64,7 +65,8 @@ def prefill_attention(
     those of the new tokens too, so that a prompt read in chunks is the prompt read at once.
 
     Args:
-        qkv: q, k and v of each token one after another, each [N, H] (N and H are those of the pages).
+        qkv: q, k and v of each token one after another, each [N, H] (N and H are those of the pages). There may be
+            more columns behind them, which are not looked at: a product need not be cut for the kernels.
         rotary: (cos, sin) of the angles at each token's position; R may be 0.
         k_pages: the cache in dtype or INT8, updated in place if it is donated.
         v_pages: likewise.
@@ -100,6 +102,7 @@ def prefill_attention(
         page_table,
         act,
         qkv.shape[0],
+        max(qkv.shape[1], _qkv_dim(k_pages)),
         begins=begins,
         num_new=num_new,
         lengths=lengths,
@@ -111,6 +114,11 @@ def prefill_attention(
         qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, max_new=max_new
     )
     return act, k_pages, v_pages, semaphores
+
+
+def _qkv_dim(pages: kv_pages.Pages) -> int:
+    _, num_heads, _, head_dim = pages.shape
+    return 3 * num_heads * head_dim
 
 
 def token_rows(
@@ -144,6 +152,7 @@ def prefill_attention_reference(
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
     if batch == 0 or max_new == 0:
         return act, k_pages, v_pages
+    qkv = qkv[:, : _qkv_dim(k_pages)]
     q, k, v = jnp.moveaxis(qkv.reshape(1, total_tokens, 3, num_heads, head_dim), 2, 0)
     cos, sin = (table[None, :, None, :] for table in rotary)
     q, k = apply_rotary(q, k, (cos, sin))
@@ -216,6 +225,8 @@ def prefill_attention_ffi(
     )
     if problem is not None:
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
+    if qkv.shape[1] % _ROW_COLUMNS:
+        qkv = qkv[:, : _qkv_dim(k_pages)]
     (k_values, k_scales), (v_values, v_scales) = map(values_and_scales, (k_pages, v_pages))
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
     num_tiles = min(total_tokens // _MIN_TILE_QUERIES + batch, batch * -(-max_new // _MIN_TILE_QUERIES))

@@ -68,7 +68,6 @@ def test_a_wrong_rank_or_dtype_of_prefill_attention_is_refused(name):
     ("name", "axis", "blamed"),
     [
         ("qkv", 0, "qkv"),
-        ("qkv", 1, "qkv"),
         ("cos", 0, "cos"),
         ("cos", 1, "sin"),
         ("sin", 0, "sin"),

@@ -117,6 +117,19 @@ def test_a_prompt_in_chunks_is_the_whole_prompt():
     np.testing.assert_array_equal(in_f32(pages["v_pages"])[:-1], v_pages[:-1])
 
 
+def check_that_more_columns_are_not_looked_at(implementation: str) -> None:
+    arguments = arguments_of(SMALL)
+    expected = run(arguments, implementation)
+    for more in (8, 3):  # rows that begin at 16 bytes, and that do not
+        qkv = jnp.pad(arguments["qkv"], ((0, 0), (0, more)), constant_values=jnp.nan)
+        for result, as_before in zip(run(arguments | {"qkv": qkv}, implementation), expected, strict=True):
+            np.testing.assert_array_equal(result, as_before)
+
+
+def test_more_columns_of_qkv_are_not_looked_at():
+    check_that_more_columns_are_not_looked_at("reference")
+
+
 def test_no_rows_and_no_tokens_change_nothing():
     arguments = arguments_of(SMALL)
     empty = {name: arguments[name][:0] for name in ("page_table", "begins", "num_new", "lengths")}

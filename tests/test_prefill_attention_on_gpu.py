@@ -21,6 +21,7 @@ from test_prefill_attention import (
     SMALL,
     check_errors_of_the_kernels,
     check_that_a_row_is_the_same_bits_in_every_batch,
+    check_that_more_columns_are_not_looked_at,
     in_f32,
     run,
     test_arguments_that_do_not_fit_are_refused_by_name,
@@ -65,6 +66,10 @@ def test_a_row_is_the_same_bits_in_every_batch(head_dim, with_pages):
 
 def test_an_int8_head_that_is_not_finite_shows_and_one_of_zeros_does_not():
     check_that_a_head_that_is_not_finite_shows("ffi")
+
+
+def test_more_columns_of_qkv_are_not_looked_at():
+    check_that_more_columns_are_not_looked_at("ffi")
 
 
 def test_no_rows_and_no_tokens_change_nothing():

@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kAppendThreads)
   const int token = blockIdx.x - 1;
   const int width_pieces = args.num_heads * kHeadPieces;
   const uint4* source = static_cast<const uint4*>(args.qkv) +
-                        (static_cast<int64_t>(token) * 3 + 1) * width_pieces;  // k, then v
+                        static_cast<int64_t>(token) * (args.qkv_dim / 8) +
+                        width_pieces;  // k, then v
 
   int64_t slot = -1;  // of the token in its page
   for (int first = 0; first < 2 * width_pieces; first += kAppendThreads * kAppendPieces) {

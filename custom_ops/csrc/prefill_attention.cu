@@ -58,8 +58,8 @@ const char* LaunchAttend(const PrefillAttentionParams& params, cudaStream_t stre
   HopperArgs hopper = {};
   hopper.args = args;
   const int64_t cache_rows = params.num_pages * params.num_heads * params.page_len;
-  const char* message = DescribeBoxes(&hopper.q, params.qkv, params.total_tokens,
-                                      3 * params.num_heads * kHeadDim, 2, kBoxTokens);
+  const char* message =
+      DescribeBoxes(&hopper.q, params.qkv, params.total_tokens, params.qkv_dim, 2, kBoxTokens);
   if (message == nullptr && !kIsInt8) {
     message = DescribeBoxes(&hopper.k, params.k_pages, cache_rows, kHeadDim, 2, kBoxTokens);
   }

@@ -33,6 +33,7 @@ struct PrefillArgs {
   int page_len;
   int max_pages;
   int rotary_dim;
+  int qkv_dim;
   int act_dim;
   int max_tiles;
   int tile_queries;
@@ -101,6 +102,7 @@ inline int64_t MaxTiles(const PrefillAttentionParams& params, int64_t tile_queri
 inline PrefillArgs ArgsOf(const PrefillAttentionParams& params, int tile_queries) {
   PrefillArgs args;
   args.qkv = params.qkv;
+  args.qkv_dim = static_cast<int>(params.qkv_dim);
   args.cos = params.cos;
   args.sin = params.sin;
   args.k_pages = params.k_pages;

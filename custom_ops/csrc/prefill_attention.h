@@ -32,16 +32,17 @@ struct PrefillAttentionParams {
   int64_t max_pages;   // pages in a row of the table
   int64_t max_new;     // no row has more new tokens
   int64_t rotary_dim;  // even, at most head_dim; may be 0
+  int64_t qkv_dim;     // row length of `qkv`, at least 3 * num_heads * head_dim; a multiple of 8
   int64_t act_dim;     // row length of `act`, at least num_heads * head_dim
   DataType dtype;      // of qkv, act and, without scales, the pages
 
-  const void* qkv;            // [total_tokens, 3, num_heads, head_dim]
-  const float* cos;           // [total_tokens, rotary_dim / 2]
-  const float* sin;           // [total_tokens, rotary_dim / 2]
-  void* k_pages;              // [num_pages, num_heads, page_len, head_dim], updated in place
-  void* v_pages;              // likewise
-  float* k_scales;            // [num_pages, num_heads, page_len] of INT8 pages; null otherwise
-  float* v_scales;            // likewise
+  const void* qkv;   // [total_tokens, qkv_dim]: q, k and v, each [num_heads, head_dim], come first
+  const float* cos;  // [total_tokens, rotary_dim / 2]
+  const float* sin;  // [total_tokens, rotary_dim / 2]
+  void* k_pages;     // [num_pages, num_heads, page_len, head_dim], updated in place
+  void* v_pages;     // likewise
+  float* k_scales;   // [num_pages, num_heads, page_len] of INT8 pages; null otherwise
+  float* v_scales;   // likewise
   const int32_t* page_table;  // [batch, max_pages]
   const int32_t* begins;      // [batch]
   const int32_t* num_new;     // [batch]

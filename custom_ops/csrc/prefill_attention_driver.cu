@@ -317,6 +317,7 @@ struct Call {
     params.max_new = options->Int("max_new", most);
     params.rotary_dim = options->Int("rotary_dim", 0);
     params.act_dim = options->Int("act_dim", params.num_heads * params.head_dim);
+    params.qkv_dim = 3 * params.num_heads * params.head_dim;
     params.num_pages = params.batch * params.max_pages + 1;
     params.dtype = std::is_same_v<T, __half> ? DataType::kFloat16 : DataType::kBfloat16;
 

@@ -20,6 +20,7 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   check.Rank("page_table", page_table, 2);
   check.Rank("cos", cos, 2);
   check.Rank("act", act, 2);
+  check.Rank("qkv", qkv, 2);
   if (check.failed()) return check.error();
 
   const ffi::DataType dtype = qkv.element_type();
@@ -36,7 +37,9 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   const int64_t act_dim = act.dimensions()[1];
 
   check.Dtype("k_pages", k_pages, {dtype, ffi::S8});
-  check.Shape("qkv", qkv, {total_tokens, 3 * num_heads * head_dim});
+  const int64_t qkv_dim = qkv.dimensions()[1];
+  const int64_t needed = 3 * num_heads * head_dim;  // or more columns, so that rows stay aligned
+  check.Shape("qkv", qkv, {total_tokens, qkv_dim > needed && qkv_dim % 8 == 0 ? qkv_dim : needed});
   check.Dtype("cos", cos, {ffi::F32});
   check.Shape("cos", cos, {total_tokens, half_rotary_dim});
   check.Dtype("sin", sin, {ffi::F32});
@@ -92,6 +95,7 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   params.max_pages = max_pages;
   params.max_new = max_new;
   params.rotary_dim = 2 * half_rotary_dim;
+  params.qkv_dim = qkv_dim;
   params.act_dim = act_dim;
   params.dtype = *ToDataType(dtype);
   params.qkv = DataOrNull<const void>(qkv);

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kPortableThreads)
     CopyAsyncCommit();
   };
 
-  const int64_t token_stride = static_cast<int64_t>(3) * args.num_heads * kHeadDim;
+  const int64_t token_stride = args.qkv_dim;
   CopyRows<T, kHeadDim>(
       queries, static_cast<const T*>(args.qkv) + tile.begin * token_stride + head * kHeadDim,
       token_stride, num_queries);
