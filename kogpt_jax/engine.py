@@ -22,7 +22,18 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from custom_ops.prefill_attention import QUERY_BLOCK, SCORE_BYTES
-from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding, smoothing
+from kogpt_jax import (
+    checkpoint,
+    decoding,
+    demo,
+    distributed,
+    kv_cache,
+    model,
+    quantized_cache,
+    runtime,
+    sharding,
+    smoothing,
+)
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
@@ -39,7 +50,7 @@ from kogpt_jax.packing import (
     power_bucket,
 )
 from kogpt_jax.sampling import RowSampling, SamplingParams
-from kogpt_jax.sharding import Split
+from kogpt_jax.sharding import Split, mesh_name
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -154,6 +165,8 @@ class KoGPT:
         self.leaves = tuple(leaves)
         platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
         self.ops = resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        # What a machine has built and measured is in `ops`.
+        distributed.check_same("model or ops", (config, mesh_name(mesh), max_batch_size, self.ops, nan_guard))
         self._guard = NanGuard(split.layers_per_stage(config.num_layers)) if nan_guard else None
         self._definition = model.model_def(config, split, self.ops, self._guard)
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
@@ -226,6 +239,7 @@ class KoGPT:
         split = model.model_def(config, Split.of(device_mesh)).split
         platform = device_mesh.devices.flat[0].platform
         resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized))
         if calibration is not None:
             config = dataclasses.replace(config, has_multiplier=True)
             text = smoothing.read_calibration(calibration, tokenizer)
@@ -283,8 +297,11 @@ class KoGPT:
         """Writes a Hugging Face directory that transformers and `from_pretrained` read, tokenizer included.
 
         Raises:
-            InputError: the model is quantised, or the directory exists and is not empty, or cannot be written.
+            InputError: the model is quantised, or one of several processes, or the directory exists and is not empty,
+                or cannot be written.
         """
+        if jax.process_count() > 1:
+            raise InputError(f"save_pretrained to {os.fspath(directory)} needs a model in one process, not several")
         checkpoint.save_pretrained(
             directory,
             self.config,
@@ -354,10 +371,11 @@ class KoGPT:
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
-        slots = deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"])
-        chunks = self._pack_whole(slots, 1)
-        logits = decoding.all_logits(self.leaves, chunks, **self._static)
-        return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
+        ids = self._checked_ids(0, token_ids)
+        distributed.check_same("token ids", ids)
+        chunks = self._pack_whole(deal([ids], self.mesh.shape["data"]), 1)
+        logits = distributed.fetch(decoding.all_logits(self.leaves, chunks, **self._static))
+        return logits[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities and perplexity of texts.
@@ -375,6 +393,7 @@ class KoGPT:
         for index, ids in enumerate(rows):
             if len(ids) < 2:
                 raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
+        distributed.check_same("texts", rows)
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
             self._forget_found()
@@ -382,7 +401,7 @@ class KoGPT:
             num_parts = num_chunks * self.mesh.shape["data"]
             slots = deal(group, num_parts)
             chunks = self._pack_whole([None if text is None else rows[text] for text in slots], num_chunks)
-            logprobs = np.asarray(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
+            logprobs = distributed.fetch(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
             begins = np.asarray(chunks.begins).reshape(num_parts, -1)
             for slot, text in enumerate(slots):
                 if text is None:
@@ -438,6 +457,7 @@ class KoGPT:
             # The last token sampled is never read, so one more than the free places of the context.
             max_new_tokens = min(row.max_new_tokens, self.config.max_len - len(ids) + 1)
             requests.append(_Request(index, ids, row, max_new_tokens))
+        distributed.check_same("prompts or params", requests)
         return requests
 
     def _stream(self, run: Iterator[_NewTokens]) -> Iterator[StreamEvent]:
@@ -478,7 +498,7 @@ class KoGPT:
         finished: set[int] = set()
         self._forget_found()
         for emitted in self._dispatch(slots):
-            tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
+            tokens, logprobs = distributed.fetch((emitted.tokens, emitted.logprobs))
             for slot, request in enumerate(slots):
                 count = int(np.sum(tokens[slot] != NO_TOKEN))
                 if request is None or slot in finished or count == 0:
@@ -630,9 +650,10 @@ class KoGPT:
         return needed
 
     def _free_bytes(self) -> float:
-        """Memory left on the fullest device; on a CPU what the host has available."""
+        """Memory left on the fullest device; on a CPU what the host has available. The same in all processes."""
         stats = [device.memory_stats() for device in self.mesh.local_devices]
-        return min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+        free = min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+        return distributed.smallest(free)
 
 
 def perplexity(nats: float) -> float:
