@@ -42,6 +42,8 @@ SHUTDOWN_TIMEOUT_S = 300
 # Process 0 serves the others: without it they end at once, before they can say what they have found wrong.
 _LAST_WORDS_S = 1.0
 
+_serves_others = False
+
 # Only the collectives and the service of other processes have these in their errors.
 _LOST = re.compile(r"gloo|nccl|coordination service|heartbeat|socket closed", re.IGNORECASE)
 
@@ -113,6 +115,8 @@ def initialize(
         )
     finally:
         lonely.cancel()
+    global _serves_others
+    _serves_others = process_id == 0
     sys.excepthook = functools.partial(_end_after, sys.excepthook)
     return process_id
 
@@ -188,7 +192,7 @@ def is_loss(error: BaseException) -> bool:
 
 def leave(status: int) -> NoReturn:
     """Ends a process that has failed: the usual end would wait for the others, and they for this one."""
-    if jax.distributed.is_initialized() and jax.process_index() == 0:
+    if _serves_others:
         time.sleep(_LAST_WORDS_S)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
