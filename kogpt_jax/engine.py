@@ -154,7 +154,7 @@ class KoGPT:
             implementation: what runs a decode step: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
                 faster of those that this machine has. ``ops`` has what was chosen.
             nan_guard: look at the output of every op, so that the `FloatingPointError` of logits that are not finite
-                names the first layer and op whose output was not. For debugging: it takes time.
+                names the first layer and op whose output was not. For debugging: it takes time, and one process.
         """
         _check_max_batch_size(max_batch_size)
         config = resolve_eos(config, tokenizer)
@@ -205,7 +205,7 @@ class KoGPT:
             kv_dtype: "int8" holds the cache of keys and values in INT8 with a scale a token and head; None, or the name
                 of the model's dtype, in that.
             mesh: devices along data (rows), pipe (layers) and tensor (heads and FFN units),
-                such as "d2p1t4".
+                such as "d2p1t4"; after `distributed.initialize` those of all processes.
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             nan_guard: name the first op whose output is not finite, as for `KoGPT`.
@@ -239,7 +239,9 @@ class KoGPT:
         split = model.model_def(config, Split.of(device_mesh)).split
         platform = device_mesh.devices.flat[0].platform
         resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
-        distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized))
+        distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized, nan_guard))
+        if nan_guard and jax.process_count() > 1:
+            raise InputError("nan_guard needs all devices in one process: each sees only what its own compute")
         if calibration is not None:
             config = dataclasses.replace(config, has_multiplier=True)
             text = smoothing.read_calibration(calibration, tokenizer)

@@ -16,6 +16,7 @@ import time
 from typing import IO
 
 import pytest
+import safetensors.numpy
 import tolerances
 from hash_weights import write_checkpoint
 from small_model import CONFIG, write_byte_tokenizer
@@ -258,6 +259,28 @@ for step in range(1000000):
         assert "another task died" in job.stderr(other)
 
 
+def test_a_process_reads_what_it_holds(directory):
+    code = f"""
+from kogpt_jax import KoGPT, checkpoint
+distributed.initialize(address, count, number)
+read_ahead = checkpoint.read_ahead
+def counting(blocks):
+    print(sum(block.num_bytes for block in blocks))
+    return read_ahead(blocks)
+checkpoint.read_ahead = counting
+model = KoGPT.from_pretrained({str(directory)!r}, dtype="fp32", mesh="d1p2t1")
+print(sum(shard.data.nbytes for leaf in model.leaves for shard in leaf.addressable_shards))
+"""
+    with Processes(python(code)) as job:
+        assert job.wait(_RUN_S) == [0, 0], job.report()
+        counts = [[int(line) for line in job.stdout(index).splitlines() if line.isdigit()] for index in range(2)]
+    (first_read, first_held), (second_read, second_held) = counts
+    stored = sum(array.nbytes for array in safetensors.numpy.load_file(directory / "model.safetensors").values())
+    assert first_held == first_read  # two layers and half of the vocabulary, in the dtype that is stored
+    assert second_held > second_read  # one layer, and zeros where a fourth would be
+    assert stored < first_read + second_read < 1.05 * stored  # both have the last LayerNorm, and a row of padding
+
+
 def test_processes_agree():
     code = """
 import jax, numpy as np, sys
@@ -328,11 +351,19 @@ def test_an_error_of_the_input_is_told_by_all():
             assert f"kogpt: error: process {index}: stdin line 2 is blank\n" in job.stderr(index)
 
 
-def test_a_mesh_leaves_no_process_out(directory):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "d1p1t1"], "mesh d1p1t1 takes 1 of 2 devices, none of process 1"),
+        (["--nan-guard"], "nan_guard needs all devices in one process"),
+    ],
+)
+def test_what_several_processes_cannot_do(directory, options, message):
     arguments = ["generate", "--model", str(directory), "--prompt", "a"]
-    with Processes(kogpt(*arguments, num_processes=2, meshes=["d1p1t1"])) as job:
+    commands = [command + options for command in kogpt(*arguments, num_processes=2, meshes=["d1p1t2"])]
+    with Processes(commands) as job:
         assert job.wait(_RUN_S) == [2, 2], job.report()
-        assert "mesh d1p1t1 takes 1 of 2 devices, none of process 1" in job.stderr(0)
+        assert message in job.stderr(0)
 
 
 def test_a_process_does_not_wait_for_ever_for_the_others():
