@@ -60,7 +60,7 @@ def test_kubernetes_takes_the_manifest(tmp_path):
 @pytest.mark.slow
 def test_the_ray_script_writes_the_text_of_one_process():
     text = KoGPT.from_pretrained("demo").generate(_PROMPT)[0].text
-    command = [sys.executable, _FOLDER / "kogpt_ray.py", "--mesh", "d1p1t2", "--actors", "2", "--prompt", _PROMPT]
+    command = [sys.executable, str(_FOLDER / "kogpt_ray.py"), "--mesh", "d1p1t2", "--actors", "2", "--prompt", _PROMPT]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(_ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
