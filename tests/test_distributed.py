@@ -48,6 +48,7 @@ class Processes:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(num_devices),
             "PYTHONPATH": str(_ROOT),
+            "PYTHONWARNINGS": "error",
             **environment,
         }
         self.processes = [
@@ -222,9 +223,9 @@ def test_scores_and_quantised_weights(directory, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
 def test_a_death_within_a_collective_ends_all(directory, victim):
-    arguments = ["generate", "--model", str(directory), "--prompt", "a", "--ignore-eos", "--stream"]
-    commands = kogpt(*arguments, "--max-new-tokens", "149", num_processes=3, meshes=["d1p3t1"])
-    with Processes(commands) as job:
+    arguments = ["generate", "--model", str(directory), "--ignore-eos", "--max-new-tokens", "100"]
+    commands = kogpt(*arguments, "--max-batch-size", "1", num_processes=3, meshes=["d1p3t1"])
+    with Processes(commands, stdin="a\n" * 2000) as job:  # batches for minutes
         job.wait_for_output(1)
         # While it is stopped, the others come to a collective and wait in it.
         job.processes[victim].send_signal(signal.SIGSTOP)
