@@ -19,7 +19,6 @@ import os
 import pathlib
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar, cast
 
@@ -154,16 +153,6 @@ class _Commands(TyperGroup):
             code = 1
         except SystemExit as error:
             code = cast(int, error.code)
-        except Exception as error:
-            if _process_id is None:
-                raise
-            from kogpt_jax import distributed, errors
-
-            if distributed.is_loss(error):
-                _complain(f"another process has ended or cannot be reached: {errors.one_line(error)}")
-            else:
-                traceback.print_exc()
-            code = 1
         if code and _process_id is not None:
             from kogpt_jax import distributed
 

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kogpt_jax import runtime
-from kogpt_jax.errors import InputError
+from kogpt_jax.errors import InputError, one_line
 from kogpt_jax.packing import power_bucket
 
 # Of `initialize`. Nodes of one job may start minutes after one another, where an image has to be fetched.
@@ -44,8 +44,8 @@ _LAST_WORDS_S = 1.0
 
 _serves_others = False
 
-# Only the collectives and the service of other processes have these in their errors.
-_LOST = re.compile(r"gloo|nccl|coordination service|heartbeat|socket closed", re.IGNORECASE)
+# An error of JAX's, with its status first, that only the collectives and the service of several processes make.
+_LOST = re.compile(r"[A-Z_]+: .*(gloo|nccl|coordination service)", re.IGNORECASE | re.DOTALL)
 
 
 def initialize(
@@ -117,7 +117,7 @@ def initialize(
         lonely.cancel()
     global _serves_others
     _serves_others = process_id == 0
-    sys.excepthook = functools.partial(_end_after, sys.excepthook)
+    sys.excepthook = functools.partial(_end_after, sys.excepthook, where)
     return process_id
 
 
@@ -185,11 +185,6 @@ def made_by_process_0(make: Callable[[], Any]) -> Any:
     return content["value"]
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether an error says that another process cannot be reached."""
-    return isinstance(error, Exception) and _LOST.search(str(error)) is not None
-
-
 def leave(status: int) -> NoReturn:
     """Ends a process that has failed: the usual end would wait for the others, and they for this one."""
     if _serves_others:
@@ -206,9 +201,15 @@ def _end(line: str) -> NoReturn:
 
 
 def _end_after(
-    hook: Callable[..., Any], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    hook: Callable[..., Any],
+    where: str,
+    kind: type[BaseException],
+    error: BaseException,
+    traceback: TracebackType | None,
 ) -> None:
-    """An excepthook."""
+    """An excepthook; where another process is to blame, a traceback would tell nothing."""
+    if _LOST.match(str(error)):
+        _end(f"{where}: another process has ended or cannot be reached: {one_line(error)}")
     hook(kind, error, traceback)
     leave(130 if kind is KeyboardInterrupt else 1)
 

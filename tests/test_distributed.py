@@ -221,37 +221,52 @@ def test_scores_and_quantised_weights(directory, tmp_path):
         tolerances.assert_close(record["logprobs"][1:], logprobs, tolerances.LOGPROBS_VS_MESH)
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
-def test_a_death_within_a_collective_ends_all(directory, victim):
-    arguments = ["generate", "--model", str(directory), "--ignore-eos", "--max-new-tokens", "100"]
-    commands = kogpt(*arguments, "--max-batch-size", "1", num_processes=3, meshes=["d1p3t1"])
-    with Processes(commands, stdin="a\n" * 2000) as job:  # batches for minutes
-        job.wait_for_output(1)
+_IN_COLLECTIVES = """
+import numpy as np
+distributed.initialize(address, count, number, heartbeat_timeout_s=HEARTBEAT)
+for step in range(10000000):
+    distributed.gather(np.array(step))
+    if step == 10 and number == 0:
+        print("running", flush=True)
+"""
+
+
+def check_end_of_others(job: Processes, victim: int) -> None:
+    """After ``victim`` has been killed."""
+    statuses = job.wait(_END_S)
+    for index in set(range(len(statuses))) - {victim}:
+        assert statuses[index] not in (0, None)
+        # Our own line, or where JAX's service noticed first, its line.
+        own = f"kogpt: error: process {index} of {len(statuses)}: another process has ended or cannot be reached: "
+        assert own in job.stderr(index) or "another task died" in job.stderr(index), job.report()
+
+
+@pytest.mark.parametrize("victim", [0, 2], ids=["coordinator", "worker"])
+def test_a_death_within_a_collective_ends_all(victim):
+    """The heartbeats have no part in it."""
+    with Processes(python(_IN_COLLECTIVES.replace("HEARTBEAT", "300"), 4)) as job:
+        job.wait_for_output(len("running"))
         # While it is stopped, the others come to a collective and wait in it.
         job.processes[victim].send_signal(signal.SIGSTOP)
         time.sleep(1)
-        assert [process.poll() for process in job.processes] == [None] * 3
+        assert [process.poll() for process in job.processes] == [None] * 4
         job.processes[victim].kill()
-        statuses = job.wait(_END_S)
-        for index in {0, 1, 2} - {victim}:
-            assert statuses[index] != 0
-            # Our own line, or where JAX's service noticed first, its line.
-            reasons = ("another process has ended or cannot be reached", "another task died")
-            assert any(reason in job.stderr(index) for reason in reasons), job.report()
+        check_end_of_others(job, victim)
+
+
+def test_a_death_while_a_model_writes_ends_all(directory):
+    arguments = ["generate", "--model", str(directory), "--ignore-eos", "--max-new-tokens", "100"]
+    commands = kogpt(*arguments, "--max-batch-size", "1", num_processes=2, meshes=["d1p2t1"])
+    with Processes(commands, stdin="a\n" * 2000) as job:  # batches for minutes
+        job.wait_for_output(1)
+        job.processes[1].kill()
+        check_end_of_others(job, 1)
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
 def test_a_process_that_stops_is_found_by_its_heartbeats(victim):
     """Nothing is closed, as where a host is gone, and on GPUs."""
-    code = """
-import numpy as np
-distributed.initialize(address, count, number, heartbeat_timeout_s=4)
-for step in range(1000000):
-    distributed.gather(np.array(step))
-    if step == 10 and number == 0:
-        print("running", flush=True)
-"""
-    with Processes(python(code)) as job:
+    with Processes(python(_IN_COLLECTIVES.replace("HEARTBEAT", "4"))) as job:
         job.wait_for_output(len("running"))
         job.processes[victim].send_signal(signal.SIGSTOP)
         other = 1 - victim
