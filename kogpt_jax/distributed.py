@@ -10,6 +10,7 @@ process that is stopped) it misses its heartbeats, and the service ends the othe
 waiting for the others, which then end like that.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -191,12 +192,14 @@ def leave(status: int) -> NoReturn:
         time.sleep(_LAST_WORDS_S)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed stream
+                stream.flush()
     os._exit(status)
 
 
 def _end(line: str) -> NoReturn:
-    sys.stderr.write(f"kogpt: error: {line}\n")
+    if sys.stderr is not None:
+        sys.stderr.write(f"kogpt: error: {line}\n")
     leave(1)
 
 

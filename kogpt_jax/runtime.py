@@ -37,18 +37,16 @@ _CACHE_THRESHOLDS = (
     ("jax_persistent_cache_min_entry_size_bytes", 0, 0),
 )
 
-_logger = logging.getLogger("kogpt_jax")
-_settings: tuple["Setting", ...] | None = None
-
-
-# Of several processes: who says how many there are, and which one this is. A name of ours beats what a launcher says,
-# and Open MPI started within a Slurm job knows better than Slurm. These of Slurm's exist only within `srun`.
-_PROCESS_NAMES = (
-    ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+# Of several processes: how many there are, and which one this is. Open MPI started within a Slurm job knows better than
+# Slurm, whose first name here exists only within `srun`.
+_LAUNCHER_NAMES = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 _FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20000, 10000  # below those that Linux gives to outgoing connections
+
+_logger = logging.getLogger("kogpt_jax")
+_settings: tuple["Setting", ...] | None = None
 
 
 class ProcessVariables(NamedTuple):
@@ -85,11 +83,14 @@ def process_variables() -> ProcessVariables:
     first_node = re.match(r"([^,[]+)(?:\[(\w+))?", nodes or "")
     if coordinator is None and first_node is not None and job is not None:
         coordinator = f"{first_node[1]}{first_node[2] or ''}:{_FIRST_SLURM_PORT + job % _NUM_SLURM_PORTS}"
-    for names in _PROCESS_NAMES:
+    own = ProcessVariables(coordinator, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID"))
+    if own.num_processes is not None or own.process_id is not None:
+        return own
+    for names in _LAUNCHER_NAMES:
         num_processes, process_id = map(_number, names)
         if num_processes is not None and process_id is not None:
             return ProcessVariables(coordinator, num_processes, process_id)
-    return ProcessVariables(coordinator, None, None)
+    return own
 
 
 def _number(name: str) -> int | None:

@@ -432,6 +432,7 @@ _JAX = {"JAX_COORDINATOR_ADDRESS": "kogpt-0.kogpt:8476", "JAX_NUM_PROCESSES": "2
         (_SLURM | {"SLURM_STEP_NODELIST": "a[3,5]"}, ("a3:23456", 4, 3)),
         (_SLURM | _OPEN_MPI, (None, 8, 5)),
         (_SLURM | _OPEN_MPI | _JAX, ("kogpt-0.kogpt:8476", 2, 1)),
+        (_SLURM | {"JAX_NUM_PROCESSES": "2"}, (None, 2, None)),  # the other must be given: nothing is mixed
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, (None, None, None)),  # of a batch script, not of a step
     ],
 )
