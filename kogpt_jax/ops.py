@@ -34,10 +34,9 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     on a GPU always; on a CPU for INT8 weights, since XLA multiplies f32 well and would convert INT8 to f32 first.
     Beyond the 64 rows of a call "auto" gives 16-bit weights to XLA, which reads them once for all rows, and takes INT8
     ones in groups of 64 rows: XLA would write and read them in 16 bits, which is more than a few groups read. "ffi"
-    takes groups for both, so that a row has the same bits in a batch of any size, and on a GPU the kernels of
-    `prefill_attention` and `mixed_gemm`, which "auto" leaves to XLA until whole prefills with them have been timed.
-    For the layers' products of whole sequences with INT8 weights "auto" takes what was the fastest, where this device
-    has been timed with such products (`custom_ops.autotune`).
+    takes groups for both, so that a row has the same bits in a batch of any size. For the layers' products of whole
+    sequences with INT8 weights "auto" takes what was the fastest, where this device has been timed with such products
+    (`custom_ops.autotune`), else the project's kernel on a GPU.
     An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
 
     Raises:
@@ -78,7 +77,7 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
             gemm = cast(GemmImplementation, fastest or gemm)
     best.pop("gemm", None)
     many_rows = best["linear"] if is_quantized else "reference"
-    return OpsConfig(**best | {"prefill_attention": "reference"}, linear_many_rows=many_rows, gemm=gemm)
+    return OpsConfig(**best, linear_many_rows=many_rows, gemm=gemm)
 
 
 def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int = 1) -> tuple[GemmImplementation, ...]:
@@ -87,9 +86,7 @@ def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int 
     has_kernel = platform == "gpu" and _gemm_problem(config, platform, num_shards) is None
     if config.quant == "w8a8":
         return ("ffi", "reference") if has_kernel else ("reference",)
-    found: list[GemmImplementation] = ["reference"]
-    if has_kernel:
-        found.append("ffi")
+    found: list[GemmImplementation] = ["ffi", "reference"] if has_kernel else ["reference"]
     if _linear_problem(config, platform, num_shards) is None:
         found.append("linear")
     return tuple(found)
