@@ -303,6 +303,7 @@ def test_processes_agree():
 import jax, numpy as np, sys
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kogpt_jax.errors import InputError
+from kogpt_jax.sampling import RowSampling, SamplingParams
 distributed.initialize(address, count, number)
 assert distributed.gather(np.array([number, 7])).tolist() == [[0, 7], [1, 7]]
 assert distributed.of_process_0(np.array(number + 5)) == 5
@@ -310,6 +311,8 @@ assert distributed.smallest(3.0 - number) == 2
 assert distributed.made_by_process_0(lambda: {"글": [number, "\\udc80"]}) == {"글": [0, "\\udc80"]}
 assert distributed.made_by_process_0(lambda: "x" * 5000) == "x" * 5000
 distributed.check_same("texts", ["글"])
+drawn = distributed.gather(np.asarray(RowSampling.from_params([SamplingParams(temperature=1.0)] * 3).seed))
+assert drawn.shape == (2, 3) and drawn[0].tolist() == drawn[1].tolist() and len(set(drawn[0].tolist())) == 3
 def refuse():
     raise InputError(f"made by {number}")
 for call in (lambda: distributed.made_by_process_0(refuse), lambda: distributed.check_same("texts", number)):
