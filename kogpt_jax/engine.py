@@ -22,7 +22,18 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from custom_ops.prefill_attention import QUERY_BLOCK, SCORE_BYTES
-from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding, smoothing
+from kogpt_jax import (
+    checkpoint,
+    decoding,
+    demo,
+    distributed,
+    kv_cache,
+    model,
+    quantized_cache,
+    runtime,
+    sharding,
+    smoothing,
+)
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
@@ -40,7 +51,7 @@ from kogpt_jax.packing import (
     power_bucket,
 )
 from kogpt_jax.sampling import RowSampling, SamplingParams
-from kogpt_jax.sharding import Split
+from kogpt_jax.sharding import Split, mesh_name
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -144,7 +155,7 @@ class KoGPT:
             implementation: what runs a decode step: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
                 faster of those that this machine has. ``ops`` has what was chosen.
             nan_guard: look at the output of every op, so that the `FloatingPointError` of logits that are not finite
-                names the first layer and op whose output was not. For debugging: it takes time.
+                names the first layer and op whose output was not. For debugging: it takes time, and one process.
         """
         _check_max_batch_size(max_batch_size)
         config = resolve_eos(config, tokenizer)
@@ -155,6 +166,8 @@ class KoGPT:
         self.leaves = tuple(leaves)
         platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
         self.ops = resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        # What a machine has built and measured is in `ops`.
+        distributed.check_same("model or ops", (config, mesh_name(mesh), max_batch_size, self.ops, nan_guard))
         self._guard = NanGuard(split.layers_per_stage(config.num_layers)) if nan_guard else None
         self._definition = model.model_def(config, split, self.ops, self._guard)
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
@@ -194,7 +207,7 @@ class KoGPT:
             kv_dtype: "int8" holds the cache of keys and values in INT8 with a scale a token and head; None, or the name
                 of the model's dtype, in that.
             mesh: devices along data (rows), pipe (layers) and tensor (heads and FFN units),
-                such as "d2p1t4".
+                such as "d2p1t4"; after `distributed.initialize` those of all processes.
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             nan_guard: name the first op whose output is not finite, as for `KoGPT`.
@@ -228,6 +241,9 @@ class KoGPT:
         split = model.model_def(config, Split.of(device_mesh)).split
         platform = device_mesh.devices.flat[0].platform
         resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized, nan_guard))
+        if nan_guard and jax.process_count() > 1:
+            raise InputError("nan_guard needs all devices in one process: each sees only what its own compute")
         if calibration is not None:
             config = dataclasses.replace(config, has_multiplier=True)
             text = smoothing.read_calibration(calibration, tokenizer)
@@ -285,8 +301,11 @@ class KoGPT:
         """Writes a Hugging Face directory that transformers and `from_pretrained` read, tokenizer included.
 
         Raises:
-            InputError: the model is quantised, or the directory exists and is not empty, or cannot be written.
+            InputError: the model is quantised, or one of several processes, or the directory exists and is not empty,
+                or cannot be written.
         """
+        if jax.process_count() > 1:
+            raise InputError(f"save_pretrained to {os.fspath(directory)} needs a model in one process, not several")
         checkpoint.save_pretrained(
             directory,
             self.config,
@@ -356,11 +375,12 @@ class KoGPT:
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
-        slots = deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"])
-        chunks = self._pack_whole(slots, 1)
+        ids = self._checked_ids(0, token_ids)
+        distributed.check_same("token ids", ids)
+        chunks = self._pack_whole(deal([ids], self.mesh.shape["data"]), 1)
         self._kept_cache = None
-        logits = decoding.all_logits(self.leaves, chunks, **self._static)
-        return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
+        logits = distributed.fetch(decoding.all_logits(self.leaves, chunks, **self._static))
+        return logits[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities and perplexity of texts.
@@ -378,6 +398,7 @@ class KoGPT:
         for index, ids in enumerate(rows):
             if len(ids) < 2:
                 raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
+        distributed.check_same("texts", rows)
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
             self._forget_found()
@@ -385,7 +406,7 @@ class KoGPT:
             num_parts = num_chunks * self.mesh.shape["data"]
             slots = deal(group, num_parts)
             chunks = self._pack_whole([None if text is None else rows[text] for text in slots], num_chunks)
-            logprobs = np.asarray(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
+            logprobs = distributed.fetch(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
             begins = np.asarray(chunks.begins).reshape(num_parts, -1)
             for slot, text in enumerate(slots):
                 if text is None:
@@ -441,6 +462,7 @@ class KoGPT:
             # The last token sampled is never read, so one more than the free places of the context.
             max_new_tokens = min(row.max_new_tokens, self.config.max_len - len(ids) + 1)
             requests.append(_Request(index, ids, row, max_new_tokens))
+        distributed.check_same("prompts or params", requests)
         return requests
 
     def _stream(self, run: Iterator[_NewTokens]) -> Iterator[StreamEvent]:
@@ -481,7 +503,7 @@ class KoGPT:
         finished: set[int] = set()
         self._forget_found()
         for emitted in self._dispatch(slots):
-            tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
+            tokens, logprobs = distributed.fetch((emitted.tokens, emitted.logprobs))
             for slot, request in enumerate(slots):
                 count = int(np.sum(tokens[slot] != NO_TOKEN))
                 if request is None or slot in finished or count == 0:
@@ -648,10 +670,12 @@ class KoGPT:
         return needed
 
     def _free_bytes(self) -> float:
-        """Memory left on the fullest device once the kept cache has gone; on a CPU what the host has available."""
+        """Memory left on the fullest device once the kept cache has gone; on a CPU what the host has available. The
+        same in all processes."""
         stats = [device.memory_stats() for device in self.mesh.local_devices]
         kept = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(self._kept_cache))
-        return kept + min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+        free = min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+        return distributed.smallest(free + kept)
 
 
 def _fetched(emitted: Emitted) -> Emitted:
