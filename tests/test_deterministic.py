@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from kogpt_jax.ops import describe, resolve_ops
 from kogpt_jax.sharding import make_mesh
 
 BATCH = 4
+FILTERS: list[dict[str, Any]] = [{"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {}]
 Request = tuple[list[int], SamplingParams]
 
 
@@ -27,8 +29,7 @@ def request(number: int, length: int, capacity: int) -> Request:
     """A prompt, and how to go on with it in a cache of so many tokens: odd ones are drawn, each otherwise."""
     params = greedy(min(1 + number % 9, capacity - length))
     if number % 2:
-        filters = [{"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {}][number // 2 % 4]
-        params = dataclasses.replace(params, temperature=0.5 + number / 10, seed=number, **filters)
+        params = dataclasses.replace(params, temperature=0.5 + number / 10, seed=number, **FILTERS[number // 2 % 4])
     return prompt(length, number), dataclasses.replace(params, ignore_eos=number % 3 != 0)
 
 
@@ -47,7 +48,8 @@ def generate(engine: KoGPT, numbers: Sequence[int]) -> list[Completion]:
 
 
 def num_programs() -> tuple[int, ...]:
-    return (*programs(), decoding.put_row._cache_size())
+    put_row: Any = decoding.put_row
+    return (*programs(), put_row._cache_size())
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_it_takes_the_kernels_of_decode_steps():
     for quant in ("none", "w8a16"):
         config = dataclasses.replace(KERNEL_CONFIG, quant=quant)
         for choice in ("auto", "ffi"):
-            ops = resolve_ops(config, choice, platform="cpu", deterministic=True)  # type: ignore[arg-type]
+            ops = resolve_ops(config, choice, platform="cpu", deterministic=True)
             assert (ops.linear, ops.linear_many_rows, ops.decode_attention) == ("ffi",) * 3
             assert describe(ops).endswith("sums over tensor shards in order")
 
