@@ -36,10 +36,9 @@ def resolve_ops(
     on a GPU always; on a CPU for INT8 weights, since XLA multiplies f32 well and would convert INT8 to f32 first.
     Beyond the 64 rows of a call "auto" gives 16-bit weights to XLA, which reads them once for all rows, and takes INT8
     ones in groups of 64 rows: XLA would write and read them in 16 bits, which is more than a few groups read. "ffi"
-    takes groups for both, so that a row has the same bits in a batch of any size, and on a GPU the kernels of
-    `prefill_attention` and `mixed_gemm`, which "auto" leaves to XLA until whole prefills with them have been timed.
-    For the layers' products of whole sequences with INT8 weights "auto" takes what was the fastest, where this device
-    has been timed with such products (`custom_ops.autotune`).
+    takes groups for both, so that a row has the same bits in a batch of any size. For the layers' products of whole
+    sequences with INT8 weights "auto" takes what was the fastest, where this device has been timed with such products
+    (`custom_ops.autotune`), else the project's kernel on a GPU.
     An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
     With ``deterministic`` a decode step takes what gives a row the same bits in any place of a batch: the kernels of
     `linear` and `decode_attention`, for "auto" too, and sums over tensor shards in order.
@@ -89,9 +88,7 @@ def resolve_ops(
             gemm = cast(GemmImplementation, fastest or gemm)
     best.pop("gemm", None)
     many_rows = best["linear"] if is_quantized or deterministic else "reference"
-    return OpsConfig(
-        **best | {"prefill_attention": "reference"}, linear_many_rows=many_rows, gemm=gemm, all_reduce=all_reduce
-    )
+    return OpsConfig(**best, linear_many_rows=many_rows, gemm=gemm, all_reduce=all_reduce)
 
 
 def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int = 1) -> tuple[GemmImplementation, ...]:
@@ -100,9 +97,7 @@ def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int 
     has_kernel = platform == "gpu" and _gemm_problem(config, platform, num_shards) is None
     if config.quant == "w8a8":
         return ("ffi", "reference") if has_kernel else ("reference",)
-    found: list[GemmImplementation] = ["reference"]
-    if has_kernel:
-        found.append("ffi")
+    found: list[GemmImplementation] = ["ffi", "reference"] if has_kernel else ["reference"]
     if _linear_problem(config, platform, num_shards) is None:
         found.append("linear")
     return tuple(found)

@@ -104,7 +104,8 @@ def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, batch:
     oracle = step_logits(engine_of(TWO_LAYERS, leaves, "reference"), tokens)
     config = dataclasses.replace(TWO_LAYERS, dtype=dtype, quant=quant)
     kernels = engine_of(config, leaves, "ffi")
-    assert kernels.ops == OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi")
+    all_kernels = OpsConfig("ffi", "ffi", "ffi", "ffi", gemm="reference" if quant == "none" else "ffi")
+    assert kernels.ops == all_kernels
     errors = {"ffi": error(step_logits(kernels, tokens), oracle)}
     plain = dataclasses.replace(config, quant="none")
     errors["activations"] = error(step_logits(engine_of(plain, leaves, "reference"), tokens), oracle)
@@ -122,7 +123,7 @@ def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, batch:
 def test_without_a_choice_the_kernels_run():
     """ "auto" on a GPU with the CUDA library."""
     engine = KoGPT.from_random(dataclasses.replace(small_model.KERNEL_CONFIG, dtype="bf16"))
-    assert engine.ops == OpsConfig(linear="ffi", decode_attention="ffi")
+    assert engine.ops == OpsConfig(linear="ffi", decode_attention="ffi", prefill_attention="ffi")
     completion = engine.generate_ids([small_model.prompt(9)], small_model.greedy(20))[0]
     assert len(completion.token_ids) == 20
     assert np.isfinite(completion.logprobs).all()

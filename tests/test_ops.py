@@ -41,10 +41,10 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (KERNEL_CONFIG, "cpu", REFERENCE),
         (QUANTIZED, "cpu", KERNELS),
-        (KERNEL_CONFIG, "gpu", dataclasses.replace(KERNELS, linear_many_rows="reference")),
-        (QUANTIZED, "gpu", KERNELS),
+        (KERNEL_CONFIG, "gpu", dataclasses.replace(KERNELS, linear_many_rows="reference", prefill_attention="ffi")),
+        (QUANTIZED, "gpu", dataclasses.replace(KERNELS, prefill_attention="ffi", gemm="ffi")),
         (W8A8, "cpu", KERNELS),
-        (W8A8, "gpu", dataclasses.replace(KERNELS, gemm="ffi")),
+        (W8A8, "gpu", dataclasses.replace(KERNELS, prefill_attention="ffi", gemm="ffi")),
     ],
     ids=["cpu", "cpu w8a16", "gpu", "gpu w8a16", "cpu w8a8", "gpu w8a8"],
 )

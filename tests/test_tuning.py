@@ -58,9 +58,9 @@ def test_auto_takes_what_was_the_fastest(times):
     assert gemm(QUANTIZED, "cpu") == "linear"  # there is no kernel for CPUs
     assert gemm(W8A8, "gpu") == "reference"
     assert gemm(W8A8, "cpu") == "reference"
-    assert gemm(dataclasses.replace(QUANTIZED, dtype="bf16"), "gpu") == "reference"  # which has not been measured
-    assert gemm(dataclasses.replace(QUANTIZED, ffn_dim=224), "gpu") == "reference"
-    assert gemm(QUANTIZED, "gpu", num_shards=2) == "reference"
+    assert gemm(dataclasses.replace(QUANTIZED, dtype="bf16"), "gpu") == "ffi"  # which has not been measured
+    assert gemm(dataclasses.replace(QUANTIZED, ffn_dim=224), "gpu") == "ffi"
+    assert gemm(QUANTIZED, "gpu", num_shards=2) == "ffi"
     times(QUANTIZED, num_shards=2, reference=2, linear=1)
     assert gemm(QUANTIZED, "gpu", num_shards=2) == "linear"
     assert resolve_ops(QUANTIZED, "ffi", platform="gpu").gemm == "ffi"
@@ -71,7 +71,7 @@ def test_auto_takes_what_was_the_fastest(times):
 def test_a_gpu_that_was_not_measured_is_told_of_once(all_there, times, monkeypatch, caplog):
     monkeypatch.setattr(autotune, "_told", set())
     for _ in range(2):
-        assert resolve_ops(QUANTIZED, "auto", platform="gpu").gemm == "reference"
+        assert resolve_ops(QUANTIZED, "auto", platform="gpu").gemm == "ffi"
         assert resolve_ops(QUANTIZED, "auto", platform="cpu").gemm == "reference"
         assert resolve_ops(W8A8, "auto", platform="gpu").gemm == "ffi"
     said = [record.getMessage() for record in caplog.records]
