@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec
 from small_model import CONFIG, KERNEL_CONFIG, greedy, prompt
 from test_decoding import programs
 
-from kogpt_jax import Completion, KoGPT, SamplingParams, decoding, model
+from kogpt_jax import Completion, KoGPT, SamplingParams, decoding, kv_cache, model
 from kogpt_jax.config import Dtype
 from kogpt_jax.errors import InputError
 from kogpt_jax.ops import describe, resolve_ops
@@ -125,6 +126,17 @@ def test_with_an_int8_cache_on_a_mesh():
     for size in (2, 3, 4, 4, 3):
         numbers = rng.permutation(chosen)[:size].tolist()
         assert generate(engine, numbers) == [alone[number] for number in numbers]
+
+
+@pytest.mark.host
+def test_a_row_is_put_into_a_batch_in_place(engine):
+    """In a pool of many pages, of which a row writes its own."""
+    static, config = engine._static, engine.config
+    cache, own_cache = (kv_cache.make_kv_cache(config, engine.mesh, rows, 128) for rows in (64, 1))
+    hidden, own_hidden = (decoding.no_hidden(rows, **static) for rows in (64, 1))
+    args = (cache, hidden, own_cache, own_hidden, jnp.array([3], jnp.int32))
+    compiled = decoding.put_row.lower(*args, **static).compile()
+    assert hlo.in_place_problems(compiled, (cache.k, cache.v)) == []
 
 
 def test_shards_are_summed_in_their_order():
