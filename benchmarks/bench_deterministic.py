@@ -1,8 +1,8 @@
 """What does deterministic mode cost, and what differs without it?
 
-Both modes over the same random weights, with the same kernels and the same largest batch, through the public API:
+Both modes over the same random weights, with the same largest batch, through the public API:
 
-    python benchmarks/bench_deterministic.py --batch 1 64 --random-batches 0 --json benchmarks/results/deterministic.json
+    python benchmarks/bench_deterministic.py --batch 1 64 --random-batches 0 --json out.json
     python benchmarks/bench_deterministic.py --preset demo --dtype fp32 --batch 1 8 --prompt-len 64
 
 Times are those of `bench_generate.py`: prefill and first token, and a decode step. Then rows run in random batches, and
