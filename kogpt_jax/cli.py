@@ -108,6 +108,14 @@ _NanGuard = Annotated[
     bool,
     typer.Option("--nan-guard", help="Where logits are not finite, name the first layer and op that was not. Slow."),
 ]
+_Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same result for a text, bit for bit, whatever runs beside it. Slower: every batch is computed as one "
+        "of --max-batch-size.",
+    ),
+]
 _MaxBatchSize = Annotated[int, typer.Option(help="Texts that run together at most, 1 or more.")]
 _Temperature = Annotated[
     float, typer.Option(help="0 takes the most likely token; larger is more varied. Finite, 0 or more.")
@@ -224,6 +232,7 @@ def generate(
     max_batch_size: _MaxBatchSize = 64,
     implementation: _Implementation = "auto",
     nan_guard: _NanGuard = False,
+    deterministic: _Deterministic = False,
     input_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -266,7 +275,17 @@ def generate(
         raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
     clock = _Clock()
     engine = _load(
-        model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size, implementation, nan_guard
+        model,
+        dtype,
+        quant,
+        calibration,
+        keep_quantized,
+        kv_dtype,
+        mesh,
+        max_batch_size,
+        implementation,
+        nan_guard,
+        deterministic,
     )
     clock.loaded()
     prompt_ids = [_encode(engine, row) for row in rows]
@@ -413,6 +432,7 @@ def prompt_loop(
     mesh: _Mesh = "d1p1t1",
     implementation: _Implementation = "auto",
     nan_guard: _NanGuard = False,
+    deterministic: _Deterministic = False,
 ) -> None:
     """Ask for prompts and continue them, one after the other.
 
@@ -421,7 +441,9 @@ def prompt_loop(
     defaults, and a bad one ends the command.
     """
     filters = kogpt_jax.SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    engine = _load(model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, 1, implementation, nan_guard)
+    engine = _load(
+        model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, 1, implementation, nan_guard, deterministic
+    )
     has_user = _is_terminal(sys.stdin)
     if has_user:
         with contextlib.suppress(ImportError):  # line editing; Python can be built without
@@ -542,6 +564,7 @@ def score(
     process_id: _ProcessId = None,
     max_batch_size: _MaxBatchSize = 64,
     nan_guard: _NanGuard = False,
+    deterministic: _Deterministic = False,
     output_format: Annotated[
         Literal["text", "jsonl"],
         typer.Option(
@@ -555,7 +578,16 @@ def score(
     """
     rows = _rows_of_all(lambda: _text_rows(text, file), coordinator, num_processes, process_id)
     engine = _load(
-        model, dtype, quant, calibration, keep_quantized, kv_dtype, mesh, max_batch_size, nan_guard=nan_guard
+        model,
+        dtype,
+        quant,
+        calibration,
+        keep_quantized,
+        kv_dtype,
+        mesh,
+        max_batch_size,
+        nan_guard=nan_guard,
+        deterministic=deterministic,
     )
     token_ids = [_encode(engine, row, at_least=2) for row in rows]
     is_json = output_format == "jsonl"
@@ -818,6 +850,7 @@ def _load(
     max_batch_size: int,
     implementation: _Choice = "auto",
     nan_guard: bool = False,
+    deterministic: bool = False,
     needs_tokenizer: bool = True,
 ) -> "kogpt_jax.KoGPT":
     if max_batch_size < 1:  # here too, to name the option
@@ -833,6 +866,7 @@ def _load(
         max_batch_size=max_batch_size,
         implementation=implementation,
         nan_guard=nan_guard,
+        deterministic=deterministic,
         progress=not _process_id,
     )
     if engine.tokenizer is None and needs_tokenizer:

@@ -17,6 +17,7 @@ Quant = Literal["none", "w8a16", "w8a8"]
 QUANTS: tuple[str, ...] = get_args(Quant)
 Implementation = Literal["reference", "ffi"]
 GemmImplementation = Literal["reference", "ffi", "linear"]
+AllReduce = Literal["psum", "in_order"]
 
 # One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 _TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -196,6 +197,9 @@ class OpsConfig:
     prefill_attention: Implementation = "reference"
     # Layers' products of whole sequences with INT8 weights; the others are XLA's. "linear" (w8a16): groups of 64 rows.
     gemm: GemmImplementation = "reference"
+    # A decode step's sum over tensor shards. "in_order" adds them in their order: a library's sum may take them in an
+    # order that depends on the place in the array, and so on the row.
+    all_reduce: AllReduce = "psum"
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:

@@ -153,6 +153,53 @@ def prefill(
     )(list(leaves), cache, last_hidden, is_first, chunks)
 
 
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))
+def put_row(
+    cache: KVCache,
+    last_hidden: Float[Array, "B D"],
+    own_cache: KVCache,
+    own_hidden: Float[Array, "num_shards D"],
+    rows: Int[Array, " num_shards"],
+    *,
+    definition: ModelDef,
+    mesh: Mesh,
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    """Copies a row that `prefill` has read into a cache of its own to its place in a batch.
+
+    Args:
+        cache: of the batch; donated.
+        last_hidden: of the batch; donated.
+        own_cache: of a row a data shard, with no more pages a row than ``cache`` has.
+        own_hidden: what `prefill` gave back with it.
+        rows: which of its rows each data shard shall put its one into, -1 for none.
+    """
+
+    def local(
+        cache: KVCache, last_hidden: Array, own_cache: KVCache, own_hidden: Array, rows: Array
+    ) -> tuple[KVCache, Array]:
+        is_row = jnp.arange(last_hidden.shape[0]) == rows
+        num_pages = own_cache.page_table.shape[1]
+        row_pages = cache.page_table[jnp.maximum(rows[0], 0), :num_pages]
+
+        def put(pool: Array, own_pool: Array) -> Array:
+            page_ids = jnp.where(rows >= 0, row_pages, pool.shape[0] - 1)  # or the scratch page
+            return pool.at[page_ids].set(own_pool[own_cache.page_table[0]])
+
+        k, v = jax.tree.map(put, (cache.k, cache.v), (own_cache.k, own_cache.v))
+        lengths = jnp.where(is_row, own_cache.lengths, cache.lengths)
+        cache = dataclasses.replace(cache, k=k, v=v, lengths=lengths)
+        return cache, jnp.where(is_row[:, None], own_hidden, last_hidden)
+
+    cache_spec = cache_specs(definition.config, definition.layers_per_stage)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(cache_spec, _ROWS_BY_EMBED, cache_spec, _ROWS_BY_EMBED, _ROWS),
+        out_specs=(cache_spec, _ROWS_BY_EMBED),
+        check_vma=False,
+    )(cache, last_hidden, own_cache, own_hidden, rows)
+
+
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache",))
 def start_decode(
     leaves: Sequence[Array],

@@ -143,6 +143,7 @@ class KoGPT:
         max_batch_size: int = 64,
         implementation: Choice = "auto",
         nan_guard: bool = False,
+        deterministic: bool = False,
     ):
         """For callers that hold leaves already; others use `from_pretrained`.
 
@@ -156,6 +157,12 @@ class KoGPT:
                 faster of those that this machine has. ``ops`` has what was chosen.
             nan_guard: look at the output of every op, so that the `FloatingPointError` of logits that are not finite
                 names the first layer and op whose output was not. For debugging: it takes time, and one process.
+            deterministic: give each row the same tokens, log-probabilities and scores, bit for bit, whatever runs
+                beside it (docs/deterministic.md). Takes the kernels of decode steps, and time: every batch has
+                ``max_batch_size`` rows, each prompt is read alone, and so is each text that is scored.
+
+        Raises:
+            InputError: an unsupported argument, or kernels that are not there for this model; the message names it.
         """
         _check_max_batch_size(max_batch_size)
         config = resolve_eos(config, tokenizer)
@@ -165,9 +172,14 @@ class KoGPT:
         self.max_batch_size = max_batch_size
         self.leaves = tuple(leaves)
         platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
-        self.ops = resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        self.deterministic = deterministic
+        self.ops = resolve_ops(
+            config, implementation, platform=platform, num_shards=split.num_shards, deterministic=deterministic
+        )
         # What a machine has built and measured is in `ops`.
-        distributed.check_same("model or ops", (config, mesh_name(mesh), max_batch_size, self.ops, nan_guard))
+        distributed.check_same(
+            "model or ops", (config, mesh_name(mesh), max_batch_size, self.ops, nan_guard, deterministic)
+        )
         self._guard = NanGuard(split.layers_per_stage(config.num_layers)) if nan_guard else None
         self._definition = model.model_def(config, split, self.ops, self._guard)
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
@@ -189,6 +201,7 @@ class KoGPT:
         max_batch_size: int = 64,
         implementation: Choice = "auto",
         nan_guard: bool = False,
+        deterministic: bool = False,
         progress: bool = False,
     ) -> "KoGPT":
         """Loads a Hugging Face directory, or the shipped model ``"demo"``.
@@ -211,6 +224,7 @@ class KoGPT:
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             nan_guard: name the first op whose output is not finite, as for `KoGPT`.
+            deterministic: the same bits for a row in any batch, as for `KoGPT`.
             progress: show a progress bar while loading, if stderr is a terminal.
 
         Raises:
@@ -240,7 +254,7 @@ class KoGPT:
         # Before the weights are loaded: whether the mesh divides the model, and whether the implementation can work.
         split = model.model_def(config, Split.of(device_mesh)).split
         platform = device_mesh.devices.flat[0].platform
-        resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards)
+        resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards, deterministic=deterministic)
         distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized, nan_guard))
         if nan_guard and jax.process_count() > 1:
             raise InputError("nan_guard needs all devices in one process: each sees only what its own compute")
@@ -269,6 +283,7 @@ class KoGPT:
             max_batch_size=max_batch_size,
             implementation=implementation,
             nan_guard=nan_guard,
+            deterministic=deterministic,
         )
 
     @classmethod
@@ -281,6 +296,7 @@ class KoGPT:
         max_batch_size: int = 64,
         implementation: Choice = "auto",
         nan_guard: bool = False,
+        deterministic: bool = False,
     ) -> "KoGPT":
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
         extents = sharding.parse_mesh(mesh)
@@ -295,6 +311,7 @@ class KoGPT:
             max_batch_size=max_batch_size,
             implementation=implementation,
             nan_guard=nan_guard,
+            deterministic=deterministic,
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -459,6 +476,10 @@ class KoGPT:
         requests = []
         for index, (token_ids, row) in enumerate(zip(prompt_ids, rows, strict=True)):
             ids = self._checked_ids(index, token_ids)
+            if self.deterministic and row.temperature > 0 and row.seed is None:
+                raise InputError(
+                    f"prompt {index} has temperature {row.temperature} and no seed: deterministic takes one"
+                )
             # The last token sampled is never read, so one more than the free places of the context.
             max_new_tokens = min(row.max_new_tokens, self.config.max_len - len(ids) + 1)
             requests.append(_Request(index, ids, row, max_new_tokens))
@@ -498,7 +519,7 @@ class KoGPT:
         return itertools.chain.from_iterable(map(self._run_batch, groups))
 
     def _run_batch(self, requests: Sequence[_Request]) -> Iterator[_NewTokens]:
-        slots = deal(requests, self.mesh.shape["data"], multiple=self.mesh.shape["pipe"])
+        slots = self._slots(requests)
         num_emitted = [0] * len(slots)
         finished: set[int] = set()
         self._forget_found()
@@ -515,6 +536,13 @@ class KoGPT:
                 if reason is not None:
                     finished.add(slot)
                 yield _NewTokens(request, token_ids, tuple(logprobs[slot, :count].tolist()), reason)
+
+    def _slots(self, requests: Sequence[_Request]) -> list[_Request | None]:
+        """The rows of a batch, with None as padding."""
+        rows: list[_Request | None] = [*requests]
+        if self.deterministic:
+            rows += [None] * (self.max_batch_size - len(rows))
+        return deal(rows, self.mesh.shape["data"], multiple=self.mesh.shape["pipe"])
 
     def _forget_found(self) -> None:
         if self._guard is not None:
@@ -574,11 +602,10 @@ class KoGPT:
         capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
         cache = self._take_cache(len(rows), capacity)
         last_hidden = decoding.no_hidden(len(rows), **self._static)
-        prompts = [row.prompt_ids for row in rows]
-        calls = pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"])
-        for call, chunks in enumerate(calls):
-            is_first = np.bool_(call == 0)
-            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, is_first, chunks, **self._static)
+        if self.deterministic:
+            cache, last_hidden = self._read_one_by_one(slots, cache, last_hidden)
+        else:
+            cache, last_hidden = self._read([row.prompt_ids for row in rows], cache, last_hidden)
         return decoding.start_decode(
             self.leaves,
             cache,
@@ -588,6 +615,34 @@ class KoGPT:
             RowSampling.from_params([row.params for row in rows]),
             **self._static,
         )
+
+    def _read(
+        self, prompts: Sequence[Sequence[int]], cache: KVCache, last_hidden: jax.Array
+    ) -> tuple[KVCache, jax.Array]:
+        """Reads prompts into a cache of as many rows; gives back what `decoding.prefill` does."""
+        calls = pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"])
+        for call, chunks in enumerate(calls):
+            is_first = np.bool_(call == 0)
+            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, is_first, chunks, **self._static)
+        return cache, last_hidden
+
+    def _read_one_by_one(
+        self, slots: Sequence[_Request | None], cache: KVCache, last_hidden: jax.Array
+    ) -> tuple[KVCache, jax.Array]:
+        """`_read`, each prompt by programs that its length alone decides: beside none, into a cache of its own that is
+        copied to the prompt's place in the batch."""
+        num_shards = self.mesh.shape["data"]
+        for slot, request in enumerate(slots):
+            if request is None:
+                continue
+            shard, row = divmod(slot, len(slots) // num_shards)
+            prompts = [request.prompt_ids if other == shard else () for other in range(num_shards)]
+            capacity = self.cache_capacity([(len(request.prompt_ids), 1)])
+            own_cache = kv_cache.make_kv_cache(self.config, self.mesh, num_shards, capacity)
+            own = self._read(prompts, own_cache, decoding.no_hidden(num_shards, **self._static))
+            rows = jnp.asarray(np.where(np.arange(num_shards) == shard, row, -1).astype(np.int32))
+            cache, last_hidden = decoding.put_row(cache, last_hidden, *own, rows, **self._static)
+        return cache, last_hidden
 
     def _pack_whole(self, slots: Sequence[Sequence[int] | None], num_chunks: int) -> Packed:
         """Rows that are read at once and not gone on with; None is a row of padding."""
@@ -599,11 +654,12 @@ class KoGPT:
         group: list[int] = []
         free = self._free_bytes()
         self._kept_cache = None
+        most = 1 if self.deterministic else self.max_batch_size
         for index in sorted(range(len(lens)), key=lambda index: lens[index], reverse=True):
             num_tokens = sum(lens[other] for other in group) + lens[index]
             of_shard = max(lens[index], num_tokens // self.mesh.shape["data"])
             needed = self._score_bytes(of_shard, len(group) + 1)
-            if group and (len(group) == self.max_batch_size or of_shard > CHUNK_TOKENS or needed > free):
+            if group and (len(group) == most or of_shard > CHUNK_TOKENS or needed > free):
                 yield group
                 group = []
             elif needed > free:
@@ -620,8 +676,18 @@ class KoGPT:
 
     def _batches(self, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
         """Groups requests into batches that fit the device; longest prompts first, so that rows of a batch are alike
-        and need caches of one size."""
-        order = sorted(requests, key=lambda request: len(request.prompt_ids), reverse=True)
+        and need caches of one size. In deterministic mode only those share a batch that run the same programs."""
+        alike: dict[Any, list[_Request]] = {}
+        for request in sorted(requests, key=lambda request: len(request.prompt_ids), reverse=True):
+            alike.setdefault(self._programs(request) if self.deterministic else None, []).append(request)
+        for order in alike.values():
+            yield from self._fitting_batches(order)
+
+    def _programs(self, request: _Request) -> tuple[int, bool]:
+        """What a request's decode steps are compiled for, in a batch of requests alike."""
+        return self.cache_capacity([(len(request.prompt_ids), request.max_new_tokens)]), request.params.temperature == 0
+
+    def _fitting_batches(self, order: list[_Request]) -> Iterator[list[_Request]]:
         while order:
             size = self.max_batch_size
             while True:
@@ -642,9 +708,11 @@ class KoGPT:
     def _batch_bytes(self, lens: Sequence[tuple[int, int]]) -> int:
         """Device memory that a batch of (prompt, new) lengths needs beside the weights: its cache, a chunk of prefill
         and the logits."""
-        batch = power_bucket(len(lens), self.mesh.shape["data"] * self.mesh.shape["pipe"])
+        num_rows = self.max_batch_size if self.deterministic else len(lens)
+        batch = power_bucket(num_rows, self.mesh.shape["data"] * self.mesh.shape["pipe"])
         capacity, split = self.cache_capacity(lens), Split.of(self.mesh)
-        cache = batch // self.mesh.shape["data"] * kv_cache.cache_bytes_per_row(self.config, capacity, split)
+        rows_per_shard = batch // self.mesh.shape["data"] + self.deterministic  # that which is read alone
+        cache = rows_per_shard * kv_cache.cache_bytes_per_row(self.config, capacity, split)
         num_tokens = min(sum(prompt_len for prompt_len, _ in lens), CHUNK_TOKENS)
         return cache + self._forward_bytes(num_tokens, batch) + 2 * batch * self.config.vocab_size * 4
 

@@ -213,7 +213,8 @@ class Block(nnx.Module):
                 x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x, **options)
             else:
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32, **options)
-                x = x + jax.lax.psum(out, "tensor") + bias.astype(jnp.float32)
+                total = jax.lax.psum(out, "tensor") if ops.all_reduce == "psum" else _sum_in_order(out, "tensor")
+                x = x + total + bias.astype(jnp.float32)
         check("w_out", layer, lambda: (x,))
         return x, (k_pages, v_pages), semaphores
 
@@ -503,6 +504,11 @@ def layer_norm(
 ) -> Float[Array, "*B D"]:
     """LayerNorm (Ba et al. 2016) in f32, returned in the model's dtype."""
     return numerics.layer_norm(x, scale, bias, config.layer_norm_epsilon).astype(config.jax_dtype)
+
+
+def _sum_in_order(x: Float[Array, "B D"], axis_name: str) -> Float[Array, "B D"]:
+    """`jax.lax.psum` over a mesh axis, in the order of the devices along it wherever a value stands."""
+    return functools.reduce(jnp.add, jax.lax.all_gather(x, axis_name))
 
 
 def rotary_tables(

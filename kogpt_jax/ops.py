@@ -13,7 +13,7 @@ from custom_ops import (
     prefill_attention_ffi_problem,
 )
 from custom_ops.linear import MAX_ROWS
-from kogpt_jax.config import GemmImplementation, Implementation, ModelConfig, OpsConfig
+from kogpt_jax.config import AllReduce, GemmImplementation, Implementation, ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import PAGE_LEN
 
@@ -27,7 +27,9 @@ def check_choice(choice: str) -> None:
         raise InputError(f"implementation must be one of {', '.join(CHOICES)}, got {choice!r}")
 
 
-def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shards: int = 1) -> OpsConfig:
+def resolve_ops(
+    config: ModelConfig, choice: Choice, *, platform: str, num_shards: int = 1, deterministic: bool = False
+) -> OpsConfig:
     """The implementation of each op for a model on a platform ("cpu" or "gpu").
 
     "auto" takes, op by op, the project's kernel where this machine has one that fits the model and that is the faster:
@@ -37,15 +39,19 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
     takes groups for both, so that a row has the same bits in a batch of any size. For the layers' products of whole
     sequences with INT8 weights "auto" takes what was the fastest, where this device has been timed with such products
     (`custom_ops.autotune`), else the project's kernel on a GPU.
+    With ``deterministic`` a decode step takes what gives a row the same bits in any place of a batch: the kernels of
+    `linear` and `decode_attention`, for "auto" too, and sums over tensor shards in order.
 
     Raises:
-        InputError: an unknown choice, or "ffi" where it cannot work, with the reason.
+        InputError: an unknown choice, or "ffi" or ``deterministic`` where it cannot work, with the reason.
     """
     check_choice(choice)
     if choice == "reference":
+        if deterministic:
+            raise InputError("deterministic takes the kernels of decode steps, implementation 'reference' has none")
         return OpsConfig()
     is_quantized = config.quant != "none"
-    if choice == "auto" and platform == "cpu" and not is_quantized:
+    if choice == "auto" and platform == "cpu" and not is_quantized and not deterministic:
         return OpsConfig()
     cache: dict[str, Any] = {
         "dtype": config.jax_dtype,
@@ -61,12 +67,17 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
         problems["prefill_attention"] = prefill_attention_ffi_problem(platform=platform, **cache)
         if is_quantized:
             problems["gemm"] = _gemm_problem(config, platform, num_shards)
+    if deterministic:
+        for op in ("linear", "decode_attention"):
+            if problems[op] is not None:
+                raise InputError(f"deterministic cannot be used: it takes the kernel of {op}, but {problems[op]}")
     best: dict[str, Implementation] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
+    all_reduce: AllReduce = "in_order" if deterministic else "psum"
     if choice == "ffi":
         for op, problem in problems.items():
             if problem is not None:
                 raise InputError(f"implementation 'ffi' cannot be used for {op}: {problem}")
-        return OpsConfig(linear_many_rows="ffi", **best)
+        return OpsConfig(linear_many_rows="ffi", all_reduce=all_reduce, **best)
     gemm: GemmImplementation = "reference"
     if is_quantized:
         gemm, *others = gemm_implementations(config, platform=platform, num_shards=num_shards)
@@ -75,8 +86,8 @@ def resolve_ops(config: ModelConfig, choice: Choice, *, platform: str, num_shard
             fastest = autotune.fastest_implementation(platform, gemm_op(config), config.jax_dtype, shapes, usable)
             gemm = cast(GemmImplementation, fastest or gemm)
     best.pop("gemm", None)
-    many_rows = best["linear"] if is_quantized else "reference"
-    return OpsConfig(**best, linear_many_rows=many_rows, gemm=gemm)
+    many_rows = best["linear"] if is_quantized or deterministic else "reference"
+    return OpsConfig(**best, linear_many_rows=many_rows, gemm=gemm, all_reduce=all_reduce)
 
 
 def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int = 1) -> tuple[GemmImplementation, ...]:
@@ -123,4 +134,5 @@ def describe(ops: OpsConfig) -> str:
         f"linear {ops.linear} (more than {MAX_ROWS} rows {ops.linear_many_rows}), "
         f"decode_attention {ops.decode_attention}, prefill_attention {ops.prefill_attention}, "
         f"INT8 products of prefill and scoring {ops.gemm}"
+        + (", sums over tensor shards in order" if ops.all_reduce == "in_order" else "")
     )

@@ -440,6 +440,13 @@ def test_model_without_a_tokenizer(checkpoint, tmp_path):
         _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), str(tmp_path), "tokenizer")
 
 
+@pytest.mark.parametrize("command", ["generate", "prompt", "score"])
+def test_deterministic_mode_reaches_the_model(checkpoint, command):
+    """Which refuses it: no kernel takes heads of 16."""
+    result = _invoke(command, "--model", checkpoint, "--deterministic", stdin="나는\n")
+    _assert_refused(result, "deterministic cannot be used", "kernel")
+
+
 @pytest.mark.parametrize("command", ["generate", "score"])
 def test_logits_that_are_not_finite(checkpoint, tmp_path, command):
     """Finite weights whose products leave fp16's range: no bad input, so another exit code."""
