@@ -1,5 +1,5 @@
-// What the two kernels of decode_attention share: of a cache in 16 bits (decode_attention.cu) and of one
-// in INT8 (decode_attention_int8.cuh).
+// What the two kernels of decode_attention share: of a cache in 16 bits (decode_attention.cu) and of
+// one in INT8 (decode_attention_int8.cuh).
 #ifndef CUSTOM_OPS_DECODE_ATTENTION_CUH_
 #define CUSTOM_OPS_DECODE_ATTENTION_CUH_
 
@@ -100,14 +100,14 @@ struct Softmax {
   }
 };
 
-// Adds up the parts of a head's splits, in order, in one block: where a block has the head to itself,
-// there; where the head's blocks are a cluster, in the shared memory of the first; else through
-// device memory, in the block that finishes last.
+// Adds up the parts of a head's splits, in order, in one block: where a block has the head to
+// itself, there; where the head's blocks are a cluster, in the shared memory of the first; else
+// through device memory, in the block that finishes last.
 template <int kHeadDim, int kDims>
 class HeadSum {
  public:
-  // `dim`: the first of this thread's, kHeadDim where it has none. `cluster_parts`: [split, head_dim
-  // + 2] in shared memory where the blocks are a cluster.
+  // `dim`: the first of this thread's, kHeadDim where it has none. `cluster_parts`: [split,
+  // head_dim + 2] in shared memory where the blocks are a cluster.
   __device__ __forceinline__ HeadSum(const DecodeAttentionArgs& args, int64_t head_of_row,
                                      int num_splits, int dim, float* cluster_parts)
       : num_splits_(num_splits),

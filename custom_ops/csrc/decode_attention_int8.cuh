@@ -1,5 +1,5 @@
-// decode_attention over INT8 pages: as decode_attention.cu, but half the bytes, so that the products go
-// to the tensor cores, where the cache is an operand as it lies in memory.
+// decode_attention over INT8 pages: as decode_attention.cu, but half the bytes, so that the products
+// go to the tensor cores, where the cache is an operand as it lies in memory.
 //
 //   digits    the query is rounded to integers of four digits to the base 256, in [-128, 127] each;
 //             a weight, probability times the scale of its value, to two digits in [0, 255]. Each
@@ -8,8 +8,8 @@
 //             of the largest weight of a split; a result of 11 bits has 2^-12.
 //   scores    a warp takes 16 of a split's 64 keys. The key's scale multiplies the sum.
 //   values    a warp takes a quarter of the dimensions of all 64 keys, once the warps have met for
-//             the scores: no sums of warps are left to add. Bytes are transposed on the way, since a
-//             register of the first operand has four keys of one dimension.
+//             the scores: no sums of warps are left to add. Bytes are transposed on the way, since
+//             a register of the first operand has four keys of one dimension.
 //   loads     lanes hold pieces of 8 and 16 bytes of an operand, which would be read from device
 //             memory as slivers of lines; so whole lines are copied to shared memory, to a ring of
 //             three tiles of 64 keys or values that goes on filling from one head of the block to
@@ -36,8 +36,8 @@ static_assert(kGroups == kWarps);
 constexpr float kQuerySteps = 0x7f000000;  // below what four digits can hold
 constexpr float kWeightSteps = 0xffff;
 
-// sums += A B for 16 rows of A, 32 k in INT8, and 8 columns of B in INT8 or, as uint8_t, without sign;
-// operands as the instruction m16n8k32 has them.
+// sums += A B for 16 rows of A, 32 k in INT8, and 8 columns of B in INT8 or, as uint8_t, without
+// sign; operands as the instruction m16n8k32 has them.
 template <typename B>
 __device__ __forceinline__ void MultiplyAdd(int32_t (&sums)[4], uint32_t a0, uint32_t a1,
                                             uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -358,8 +358,8 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
       const uint4 w =
           *reinterpret_cast<const uint4*>(weights[warp][quad % 2] + member * (kSplitKeys / 4));
 
-      // Column n has digit n % 2: each lane of a quad has both digits of all its dimensions, two to a
-      // tile.
+      // Column n has digit n % 2: each lane of a quad has both digits of all its dimensions, two to
+      // a tile.
       int32_t outputs[kLaneDims / 2][4] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

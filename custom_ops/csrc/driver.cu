@@ -480,8 +480,8 @@ double CheckDecodeAttentionCase(Case options, bool is_int8) {
     }
     return out;
   };
-  // Half a step and the rounding to dtype before it may be between a head and what INT8 makes of it,
-  // and attention is that of the rounded one.
+  // Half a step and the rounding to dtype before it may be between a head and what INT8 makes of
+  // it, and attention is that of the rounded one.
   const double ulp = params.dtype == DataType::kFloat16 ? 1.0 / 1024 : 1.0 / 128;
   const auto append = [&](const std::vector<double>& head, int64_t at,
                           const std::vector<double>& actual, std::vector<double>* cache) {
