@@ -94,6 +94,7 @@ def prefill_attention(
     _arguments.check_implementation(implementation)
     _arguments.check_rank("page_table", page_table, 2)
     _arguments.check_rank("qkv", qkv, 2)
+    _arguments.check_rank("k_pages", k_pages, 4)
     _arguments.check_attention(
         qkv,
         rotary,
