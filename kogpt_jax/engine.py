@@ -588,13 +588,15 @@ class KoGPT:
             self._kept_cache = state.cache
 
     def _take_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache whose contents mean nothing: the last batch's if it fits, which saves making one."""
+        """A cache of rows without tokens; with the last batch's pages if they fit, which saves making some."""
         kept, self._kept_cache = self._kept_cache, None
         if kept is not None and (kept.page_table.shape[0], kept.max_len) != (batch, capacity):
             kept = None
-        if kept is not None and not any(array.is_deleted() for array in jax.tree.leaves(kept)):  # as after an error
-            return kept
-        return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
+        if kept is None or any(array.is_deleted() for array in jax.tree.leaves(kept)):  # as after an error
+            del kept
+            return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
+        page_table, lengths = kv_cache.make_rows(self.config, self.mesh, batch, capacity)
+        return dataclasses.replace(kept, page_table=page_table, lengths=lengths)
 
     def _prefill(self, slots: Sequence[_Request | None]) -> tuple[DecodeState, Emitted]:
         """Reads the prompts of a batch into a new cache and samples their first tokens; None is a row of padding."""
@@ -620,10 +622,8 @@ class KoGPT:
         self, prompts: Sequence[Sequence[int]], cache: KVCache, last_hidden: jax.Array
     ) -> tuple[KVCache, jax.Array]:
         """Reads prompts into a cache of as many rows; gives back what `decoding.prefill` does."""
-        calls = pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"])
-        for call, chunks in enumerate(calls):
-            is_first = np.bool_(call == 0)
-            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, is_first, chunks, **self._static)
+        for chunks in pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"]):
+            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, chunks, **self._static)
         return cache, last_hidden
 
     def _read_one_by_one(
@@ -741,9 +741,12 @@ class KoGPT:
         """Memory left on the fullest device once the kept cache has gone; on a CPU what the host has available. The
         same in all processes."""
         stats = [device.memory_stats() for device in self.mesh.local_devices]
-        kept = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(self._kept_cache))
         free = min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
-        return distributed.smallest(free + kept)
+        if self._kept_cache is not None:
+            rows = self._kept_cache.page_table.shape[0] // self.mesh.shape["data"]
+            of_row = kv_cache.cache_bytes_per_row(self.config, self._kept_cache.max_len, Split.of(self.mesh))
+            free += rows * of_row
+        return distributed.smallest(free)
 
 
 def _fetched(emitted: Emitted) -> Emitted:

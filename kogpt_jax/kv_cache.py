@@ -85,21 +85,27 @@ def pages_per_row(max_len: int) -> int:
 def make_kv_cache(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> KVCache:
     """An empty cache for ``batch`` rows of up to ``max_len`` tokens, rounded up to whole pages, each row with its
     own."""
-    max_pages = pages_per_row(max_len)
     num_data, num_stages = mesh.shape["data"], mesh.shape["pipe"]
     layers_per_stage = Split.of(mesh).layers_per_stage(config.num_layers)
-    rows_per_shard = batch // num_data
-    num_pages = (rows_per_shard * max_pages + 1) * num_data * num_stages  # each device's rows and its scratch page
+    num_own = batch // num_data * pages_per_row(max_len)
+    num_pages = (num_own + 1) * num_data * num_stages  # each device's rows and its scratch page
 
     def pages() -> tuple[Pages, ...]:
         return tuple(make_pages(config, num_pages, config.num_heads) for _ in range(layers_per_stage))
 
+    specs = cache_specs(config, layers_per_stage)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (specs.k, specs.v))
+    k, v = jax.lax.with_sharding_constraint((pages(), pages()), shardings)
+    return KVCache(k, v, *make_rows(config, mesh, batch, max_len))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "batch", "max_len"))
+def make_rows(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> tuple[jax.Array, jax.Array]:
+    """``page_table`` and ``lengths`` of `make_kv_cache`: of rows without tokens over pages whatever they hold."""
+    max_pages, num_data = pages_per_row(max_len), mesh.shape["data"]
+    rows_per_shard = batch // num_data
     own_pages = jnp.arange(rows_per_shard * max_pages, dtype=jnp.int32).reshape(rows_per_shard, max_pages)
-    cache = KVCache(
-        k=pages(),
-        v=pages(),
-        page_table=jnp.tile(own_pages, (num_data, 1)),
-        lengths=jnp.zeros(batch, jnp.int32),
-    )
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), cache_specs(config, layers_per_stage))
-    return jax.lax.with_sharding_constraint(cache, shardings)
+    specs: Any = cache_specs(config, 0)
+    shardings = NamedSharding(mesh, specs.page_table), NamedSharding(mesh, specs.lengths)
+    rows = (jnp.tile(own_pages, (num_data, 1)), jnp.zeros(batch, jnp.int32))
+    return jax.lax.with_sharding_constraint(rows, shardings)

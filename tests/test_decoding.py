@@ -65,7 +65,7 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     args: tuple[Any, ...]
     if phase == "prefill":
         chunks = stack(pack([[1] * 8] * BATCH))
-        args = (cache, jnp.zeros((BATCH, engine.config.model_dim)), np.bool_(True), chunks)
+        args = (cache, jnp.zeros((BATCH, engine.config.model_dim)), chunks)
     else:
         rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
         ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)

@@ -156,7 +156,7 @@ def test_prefill_through_its_op_is_the_same(monkeypatch):
     def prefill(chosen: OpsConfig):
         cache = kv_cache.make_kv_cache(config, mesh, batch, 192)
         static = {"definition": model_def(config, ops=chosen), "mesh": mesh}
-        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), np.bool_(True), chunks, **static)
+        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), chunks, **static)
 
     expected_cache, expected = prefill(REFERENCE)
     assert not calls

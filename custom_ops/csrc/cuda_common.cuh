@@ -242,8 +242,8 @@ class Int8Rounding {
   bool is_normal_;
 };
 
-// Two INT8 values, those of `word` that `selector` puts into bytes 0 and 2, as 16-bit numbers,
-// exactly; their scale is applied to the sum.
+// Two INT8 values, those of `word` that `selector` puts into bytes 0 and 2, as 16-bit numbers, exactly;
+// their scale is applied to the sum.
 template <typename T>
 __device__ __forceinline__ uint32_t WidenPair(uint32_t word, uint32_t selector) {
   if constexpr (std::is_same_v<T, __half>) {
@@ -278,14 +278,6 @@ struct Widened {
       : words{WidenPair<T>(low, kFirstTwo), WidenPair<T>(low, kLastTwo),
               WidenPair<T>(high, kFirstTwo), WidenPair<T>(high, kLastTwo)} {}
 };
-
-// Of an 8 x 8 matrix of 16-bit values a lane gives those of row lane / 4, columns 2 (lane % 4) and one
-// further, and gets those of its transpose.
-__device__ __forceinline__ uint32_t TransposeMatrix(uint32_t values) {
-  uint32_t transposed;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(values));
-  return transposed;
-}
 
 // sums += A B for 16 rows of A, 8 columns of B and 16 k, in f32; operands as the instruction m16n8k16
 // has them: four registers of A, two of B.
