@@ -110,7 +110,7 @@ def step_bytes(config: ModelConfig, batch: int, context: float) -> float:
     if config.quant != "none":  # a byte each, and a scale an output of each product
         outputs = config.num_layers * (4 * config.model_dim + config.ffn_dim) + config.vocab_size
         weight_bytes = weights + 4 * outputs
-    return weight_bytes + batch * context * 2 * config.num_layers * config.model_dim * config.jax_dtype.itemsize
+    return weight_bytes + batch * context * kv_cache.cache_bytes_per_row(config, kv_cache.PAGE_LEN) / kv_cache.PAGE_LEN
 
 
 def prefill_operations(config: ModelConfig, batch: int, prompt_len: int) -> float:
@@ -132,8 +132,10 @@ def prompts(config: ModelConfig, batch: int, prompt_len: int) -> list[list[int]]
     return [row[: max(1, prompt_len - slot % 8)].tolist() for slot, row in enumerate(tokens)]
 
 
-def measure(model: KoGPT, batch: int, prompt_len: int, sampling: str, repeats: int) -> dict[str, Any]:
-    """Times one batch and prompt length."""
+def measure(
+    model: KoGPT, batch: int, prompt_len: int, sampling: str, repeats: int, call_tokens: int | None = None
+) -> dict[str, Any]:
+    """Times one batch and prompt length, and with ``call_tokens`` whole calls of so many new tokens a row."""
     config = model.config
     rows = prompts(config, batch, prompt_len)
 
@@ -143,25 +145,39 @@ def measure(model: KoGPT, batch: int, prompt_len: int, sampling: str, repeats: i
         model.generate_ids(rows, params)
         return time.perf_counter() - begin
 
-    first_call_s = generate(MANY_TOKENS)
-    generate(1), generate(FEW_TOKENS)
-    # The three lengths in turn, so that a drift of the clocks meets all of them.
-    times = [[generate(n) for n in (1, FEW_TOKENS, MANY_TOKENS)] for _ in range(repeats)]
-    one, few, many = (statistics.median(column) for column in zip(*times, strict=True))
-    step_s = (many - few) / (MANY_TOKENS - FEW_TOKENS)
-    capacity = model.cache_capacity([(prompt_len, MANY_TOKENS)])
-    return {
+    lengths: tuple[int, ...] = (1, FEW_TOKENS, MANY_TOKENS)
+    if prompt_len + MANY_TOKENS > config.max_len:  # prefill alone
+        lengths = (1,)
+    first_call_s = generate(lengths[-1])
+    for length in lengths[:-1]:
+        generate(length)
+    # The lengths in turn, so that a drift of the clocks meets all of them.
+    times = [[generate(length) for length in lengths] for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    step_s = (medians[2] - medians[1]) / (MANY_TOKENS - FEW_TOKENS) if len(lengths) > 1 else math.nan
+    capacity = model.cache_capacity([(prompt_len, lengths[-1])])
+    whole_call = {}
+    if call_tokens is not None:
+        generate(call_tokens)
+        call_s = statistics.median(generate(call_tokens) for _ in range(repeats))
+        whole_call = {
+            "call_new_tokens": call_tokens,
+            "call_s": call_s,
+            "call_tokens_per_s": batch * call_tokens / call_s,
+        }
+    return whole_call | {
         "batch": batch,
         "prompt_len": prompt_len,
         "capacity": capacity,
         "dtype": config.dtype,
         "quant": config.quant,
+        "kv_dtype": config.kv_dtype,
         "sampling": sampling,
-        "prefill_ms": one * 1e3,
-        "step_ms": step_s * 1e3,
-        "tokens_per_s": batch / step_s,
+        "prefill_ms": medians[0] * 1e3,
+        "step_ms": _number(step_s * 1e3),
+        "tokens_per_s": _number(batch / step_s),
         "first_call_s": first_call_s,
-        "compile_s": first_call_s - many,
+        "compile_s": first_call_s - medians[-1],
         "cache_bytes": batch * kv_cache.cache_bytes_per_row(config, capacity),
     }
 
@@ -174,8 +190,13 @@ def with_limits(row: dict[str, Any], config: ModelConfig, bandwidth: float, rate
     return row | {
         "prefill_limit_ms": 1e3 * max(operations / rate, step_bytes(config, 0, 0) / bandwidth),
         "step_limit_ms": step_limit_ms,
-        "step_percent_of_limit": 100 * step_limit_ms / row["step_ms"],
+        "step_percent_of_limit": None if row["step_ms"] is None else 100 * step_limit_ms / row["step_ms"],
     }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def memory(model: KoGPT, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -188,6 +209,15 @@ def memory(model: KoGPT, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "limit_bytes": stats.get("bytes_limit"),
     }
+
+
+def _step_columns(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['step_ms']:.3f}",
+        f"{row['step_limit_ms']:.3f}",
+        f"{row['step_percent_of_limit']:.0f}",
+        f"{row['tokens_per_s']:.0f}",
+    ]
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -211,6 +241,7 @@ def print_table(result: dict[str, Any]) -> None:
         "%",
         "tok/s",
         "compile s",
+        "whole call, tok/s",
     ):
         table.add_column(column, justify="right")
     for row in result["rows"]:
@@ -222,13 +253,11 @@ def print_table(result: dict[str, Any]) -> None:
             row["sampling"],
             f"{row['prefill_ms']:.2f}",
             f"{row['prefill_limit_ms']:.2f}",
-            f"{row['step_ms']:.3f}",
-            f"{row['step_limit_ms']:.3f}",
-            f"{row['step_percent_of_limit']:.0f}",
-            f"{row['tokens_per_s']:.0f}",
+            *(["", "", "", ""] if row["step_ms"] is None else _step_columns(row)),
             f"{row['compile_s']:.1f}",
+            f"{row['call_tokens_per_s']:.0f}" if "call_s" in row else "",
         )
-    console = Console(width=140)
+    console = Console(width=160)
     console.print(table)
     used = result["memory"]
     if used["peak_bytes"] is not None:
@@ -246,18 +275,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a quick look")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--quant", choices=QUANTS, default="none")
+    parser.add_argument("--kv-dtype", choices=("int8",), help="of the cache; without it that of the activations")
     parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs a decode step")
 
 
-def make_config(preset: str, num_layers: int | None, dtype: Dtype, quant: Quant) -> ModelConfig:
+def make_config(
+    preset: str, num_layers: int | None, dtype: Dtype, quant: Quant, kv_dtype: str | None = None
+) -> ModelConfig:
     """A preset in this precision, with as many layers as are asked for (None: its own) and no end-of-text token."""
-    config = dataclasses.replace(PRESETS[preset], dtype=dtype, quant=quant, eos_token_ids=())
+    config = dataclasses.replace(PRESETS[preset], dtype=dtype, quant=quant, kv_dtype=kv_dtype, eos_token_ids=())
     return config if num_layers is None else dataclasses.replace(config, num_layers=num_layers)
 
 
 def make_model(arguments: argparse.Namespace, max_batch_size: int) -> KoGPT:
     """The model that `add_model_arguments` asks for."""
-    config = make_config(arguments.preset, arguments.layers, arguments.dtype, arguments.quant)
+    config = make_config(arguments.preset, arguments.layers, arguments.dtype, arguments.quant, arguments.kv_dtype)
     return KoGPT.from_random(config, max_batch_size=max_batch_size, implementation=arguments.implementation)
 
 
@@ -268,6 +300,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, nargs="+", default=[128])
     parser.add_argument("--sampling", choices=sorted(SAMPLING), nargs="+", default=sorted(SAMPLING))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--call-tokens", type=int, help="also time whole calls of so many new tokens, prefill included")
     parser.add_argument(
         "--warm-cache", action="store_true", help="use the compilation cache; compile times then say so"
     )
@@ -279,7 +312,7 @@ def main() -> None:
     model = make_model(arguments, max(arguments.batch))
     config = model.config
     rows = [
-        measure(model, batch, prompt_len, sampling, arguments.repeats)
+        measure(model, batch, prompt_len, sampling, arguments.repeats, arguments.call_tokens)
         for batch in arguments.batch
         for prompt_len in arguments.prompt_len
         for sampling in arguments.sampling

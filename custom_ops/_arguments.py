@@ -47,13 +47,11 @@ def ffi_dtype_problem(platform: str, dtype: np.dtype) -> str | None:
     return f"dtype must be {' or '.join(kind.name for kind in allowed)} on {platform}, got {dtype.name}"
 
 
-def ffi_pages_problem(platform: str, dtype: Any, pages_dtype: Any) -> str | None:
+def ffi_pages_problem(dtype: Any, pages_dtype: Any) -> str | None:
     """Why "ffi" cannot attend to pages of this dtype (None: that of the activations), or None if it can."""
-    if pages_dtype is None or np.dtype(pages_dtype) == np.dtype(dtype):
+    if pages_dtype is None or np.dtype(pages_dtype) in (np.dtype(dtype), np.dtype(jnp.int8)):
         return None
-    if np.dtype(pages_dtype) != np.dtype(jnp.int8):
-        return f"pages must be {np.dtype(dtype).name} or int8, got {np.dtype(pages_dtype).name}"
-    return None if platform == "cpu" else "the CUDA kernels do not support an INT8 cache yet"
+    return f"pages must be {np.dtype(dtype).name} or int8, got {np.dtype(pages_dtype).name}"
 
 
 def check_attention(
@@ -64,15 +62,16 @@ def check_attention(
     page_table: jax.Array,
     act: jax.Array,
     num_tokens: int,
+    qkv_dim: int | None = None,
     **per_row: jax.Array,
 ) -> None:
-    """What `decode_attention` and `prefill_attention` ask of their arguments: ``num_tokens`` new tokens, and one number
-    a row in each of ``per_row``."""
+    """What `decode_attention` and `prefill_attention` ask of their arguments: ``num_tokens`` new tokens, ``qkv_dim``
+    columns of ``qkv`` (None: as many as q, k and v have), and one number a row in each of ``per_row``."""
     check_rank("k_pages", k_pages, 4)
     check_rank("act", act, 2)
     _, num_heads, _, head_dim = k_pages.shape
     check_shape("v_pages", v_pages, k_pages.shape)
-    check_shape("qkv", qkv, (num_tokens, 3 * num_heads * head_dim))
+    check_shape("qkv", qkv, (num_tokens, 3 * num_heads * head_dim if qkv_dim is None else qkv_dim))
     if isinstance(k_pages, QuantizedArray):
         dtype = qkv.dtype
         check_dtype("qkv", qkv, FLOAT_DTYPES)

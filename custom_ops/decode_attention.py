@@ -68,7 +68,7 @@ def decode_attention(
         prefetch_cache: a promise that no kernel just ahead writes the pages or the page table (in a decode step the op
             before is a product): the CUDA kernel may then read them while the kernel ahead still runs.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": head_dim 64, 128 or 256; page_len a multiple of
-            16; fp16 and bf16 on CUDA, f32 and INT8 pages too on a CPU.
+            16; fp16 and bf16, on a CPU f32 too.
 
     Returns:
         (act, k_pages, v_pages, semaphores).
@@ -143,7 +143,7 @@ def decode_attention_ffi(
     batch, max_pages = page_table.shape
     if problem := _shape_problem(head_dim, page_len):
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
-    (k_values, k_scales), (v_values, v_scales) = map(_values_and_scales, (k_pages, v_pages))
+    (k_values, k_scales), (v_values, v_scales) = map(values_and_scales, (k_pages, v_pages))
     num_splits = -(-max_pages * page_len // _KEYS_PER_SPLIT)
     results = (
         jax.ShapeDtypeStruct(act.shape, act.dtype),
@@ -190,12 +190,13 @@ def decode_attention_ffi_problem(
     return (
         _library.load(platform).problem
         or _arguments.ffi_dtype_problem(platform, np.dtype(dtype))
-        or _arguments.ffi_pages_problem(platform, dtype, pages_dtype)
+        or _arguments.ffi_pages_problem(dtype, pages_dtype)
         or _shape_problem(head_dim, page_len)
     )
 
 
-def _values_and_scales(pages: kv_pages.Pages) -> tuple[Array, Array]:
+def values_and_scales(pages: kv_pages.Pages) -> tuple[Array, Array]:
+    """The two arrays that a kernel takes for pages; without scales the second has no elements."""
     if isinstance(pages, QuantizedArray):
         return pages.qvalue, pages.scale
     return pages, _outputs.or_empty(None, jnp.float32)

@@ -20,8 +20,8 @@ from custom_ops.semaphores import check_semaphores
 # Rows of a call with implementation "ffi"; the reference takes any number.
 MAX_ROWS = 64
 
-# The scratch of the CUDA kernel: for each of at most 192 blocks a tile of 128 outputs by the rows, padded.
-_PARTIALS_PER_ROW = 192 * 128
+# The scratch of the CUDA kernel: for each of at most 192 blocks two tiles of 128 outputs by the rows, padded.
+_PARTIALS_PER_ROW = 2 * 192 * 128
 _PADDED_ROWS = (8, 16, 32, 64)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from custom_ops import _arguments, _library
 from custom_ops import pages as kv_pages
-from custom_ops.decode_attention import HEAD_DIMS
+from custom_ops.decode_attention import HEAD_DIMS, values_and_scales
 from custom_ops.quantization import QuantizedArray
 from custom_ops.rotary import apply_rotary
 
@@ -19,6 +19,7 @@ MAX_ATTENTION_ROWS = 1024  # with implementation "ffi"
 
 # The CUDA kernels list tiles of this many queries of a row, or of more.
 _MIN_TILE_QUERIES = 64
+_ROW_COLUMNS = 8  # of qkv are 16 bytes, at which the kernels' rows must begin
 # The reference takes tiles of this many queries of a row, and so many together, but no more than that, that their
 # scores, [tiles, N, block, max_pages * page_len], take these bytes at most.
 QUERY_BLOCK = 128
@@ -64,7 +65,8 @@ def prefill_attention(
     those of the new tokens too, so that a prompt read in chunks is the prompt read at once.
 
     Args:
-        qkv: q, k and v of each token one after another, each [N, H] (N and H are those of the pages).
+        qkv: q, k and v of each token one after another, each [N, H] (N and H are those of the pages). There may be
+            more columns behind them, which are not looked at: a product need not be cut for the kernels.
         rotary: (cos, sin) of the angles at each token's position; R may be 0.
         k_pages: the cache in dtype or INT8, updated in place if it is donated.
         v_pages: likewise.
@@ -78,7 +80,7 @@ def prefill_attention(
             for the reference far less work.
         semaphores: passed through: the kernels of this op do not count.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": NVIDIA GPUs, at most 1024 rows, head_dim 64, 128
-            or 256, page_len a multiple of 64, fp16 and bf16, no INT8 pages yet.
+            or 256, page_len a multiple of 64, fp16 and bf16, INT8 pages too.
 
     Returns:
         (act, k_pages, v_pages, semaphores).
@@ -92,6 +94,7 @@ def prefill_attention(
     _arguments.check_implementation(implementation)
     _arguments.check_rank("page_table", page_table, 2)
     _arguments.check_rank("qkv", qkv, 2)
+    _arguments.check_rank("k_pages", k_pages, 4)
     _arguments.check_attention(
         qkv,
         rotary,
@@ -100,6 +103,7 @@ def prefill_attention(
         page_table,
         act,
         qkv.shape[0],
+        max(qkv.shape[1], _qkv_dim(k_pages)),
         begins=begins,
         num_new=num_new,
         lengths=lengths,
@@ -111,6 +115,11 @@ def prefill_attention(
         qkv, rotary, k_pages, v_pages, page_table, begins, num_new, lengths, act, max_new=max_new
     )
     return act, k_pages, v_pages, semaphores
+
+
+def _qkv_dim(pages: kv_pages.Pages) -> int:
+    _, num_heads, _, head_dim = pages.shape
+    return 3 * num_heads * head_dim
 
 
 def token_rows(
@@ -144,6 +153,7 @@ def prefill_attention_reference(
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
     if batch == 0 or max_new == 0:
         return act, k_pages, v_pages
+    qkv = qkv[:, : _qkv_dim(k_pages)]
     q, k, v = jnp.moveaxis(qkv.reshape(1, total_tokens, 3, num_heads, head_dim), 2, 0)
     cos, sin = (table[None, :, None, :] for table in rotary)
     q, k = apply_rotary(q, k, (cos, sin))
@@ -203,7 +213,7 @@ def prefill_attention_ffi(
     act: Float[Array, "total_tokens act_dim"],
     *,
     max_new: int | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, kv_pages.Pages, kv_pages.Pages]:
     """`prefill_attention` through XLA's FFI (csrc/prefill_attention.h): the CUDA handler on an NVIDIA GPU.
 
     On arrays that are sharded over devices, call it inside `jax.shard_map`. `jax.vmap` of it raises.
@@ -216,22 +226,27 @@ def prefill_attention_ffi(
     )
     if problem is not None:
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
-    assert not isinstance(k_pages, QuantizedArray)  # a problem above
-    assert not isinstance(v_pages, QuantizedArray)
+    if qkv.shape[1] % _ROW_COLUMNS:
+        qkv = qkv[:, : _qkv_dim(k_pages)]
+    (k_values, k_scales), (v_values, v_scales) = map(values_and_scales, (k_pages, v_pages))
     max_new = total_tokens if max_new is None else min(max_new, total_tokens)
     num_tiles = min(total_tokens // _MIN_TILE_QUERIES + batch, batch * -(-max_new // _MIN_TILE_QUERIES))
     results = (
         jax.ShapeDtypeStruct(act.shape, act.dtype),
-        jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
-        jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+        *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in (k_values, k_scales, v_values, v_scales)),
         jax.ShapeDtypeStruct((num_tiles, 4), jnp.int32),
     )
-    call = jax.ffi.ffi_call("kogpt_prefill_attention", results, input_output_aliases={9: 0, 3: 1, 4: 2})
-    act, k_pages, v_pages, _ = call(
+    aliases = {11: 0, 3: 1, 5: 3}
+    if isinstance(k_pages, QuantizedArray):
+        aliases |= {4: 2, 6: 4}
+    call = jax.ffi.ffi_call("kogpt_prefill_attention", results, input_output_aliases=aliases)
+    act, k_values, k_scales, v_values, v_scales, _ = call(
         qkv,
         *rotary,
-        k_pages,
-        v_pages,
+        k_values,
+        k_scales,
+        v_values,
+        v_scales,
         page_table,
         begins,
         num_new,
@@ -239,7 +254,9 @@ def prefill_attention_ffi(
         act,
         max_new=np.int64(max_new),
     )
-    return act, k_pages, v_pages
+    if isinstance(k_pages, QuantizedArray):
+        return act, QuantizedArray(k_values, k_scales), QuantizedArray(v_values, v_scales)
+    return act, k_values, v_values
 
 
 def prefill_attention_ffi_problem(
@@ -257,7 +274,7 @@ def prefill_attention_ffi_problem(
         return f"there must be at most {MAX_ATTENTION_ROWS} rows, got {batch}"
     if problem := _arguments.ffi_dtype_problem(platform, np.dtype(dtype)):
         return problem
-    if problem := _arguments.ffi_pages_problem(platform, dtype, pages_dtype):
+    if problem := _arguments.ffi_pages_problem(dtype, pages_dtype):
         return problem
     library = _library.load(platform)
     return None if library.problem is None else f"prefill_attention needs the CUDA library: {library.problem}"

@@ -40,7 +40,8 @@ def quantize_weight(weight: Float[Array, "..."], contract_axes: tuple[int, ...] 
     """
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=contract_axes, keepdims=True)
-    # So that NaN and infinity stay: a product shows them.
+    # So that NaN and infinity stay: a product shows them. XLA's maximum on CPUs may lose NaN.
+    largest = jnp.where(jnp.any(jnp.isnan(weight), axis=contract_axes, keepdims=True), jnp.nan, largest)
     scale = jnp.where(largest == 0, 1.0, largest / 127)
     # The quotient may round up past 127 where the scale was rounded down.
     qvalue = jnp.clip(jnp.round(weight / scale), -127, 127).astype(jnp.int8)

@@ -87,6 +87,23 @@ _Mesh = Annotated[
         "and the FFN)."
     ),
 ]
+_Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="Run as one of several processes, all started with the same options: where process 0 serves the others. "
+        "'auto': as JAX_COORDINATOR_ADDRESS or Slurm says. Process 0 reads the texts and prints.",
+    ),
+]
+_NumProcesses = Annotated[
+    int | None,
+    typer.Option(help="Of --coordinator: how many; as JAX_NUM_PROCESSES, Open MPI or Slurm says if not given."),
+]
+_ProcessId = Annotated[
+    int | None,
+    typer.Option(help="Of --coordinator: which one, from 0; as JAX_PROCESS_ID, Open MPI or Slurm says if not given."),
+]
 _NanGuard = Annotated[
     bool,
     typer.Option("--nan-guard", help="Where logits are not finite, name the first layer and op that was not. Slow."),
@@ -118,6 +135,9 @@ _Seed = Annotated[
 ]
 
 
+_process_id: int | None = None  # of several processes
+
+
 class _Commands(TyperGroup):
     """The group of commands, ending as the module says: for the console script and for tests alike."""
 
@@ -139,6 +159,12 @@ class _Commands(TyperGroup):
         except FloatingPointError as error:
             _complain(error)
             code = 1
+        except SystemExit as error:
+            code = cast(int, error.code)
+        if code and _process_id is not None:
+            from kogpt_jax import distributed
+
+            distributed.leave(code)
         sys.exit(code)
 
 
@@ -200,6 +226,9 @@ def generate(
     keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
+    coordinator: _Coordinator = None,
+    num_processes: _NumProcesses = None,
+    process_id: _ProcessId = None,
     max_batch_size: _MaxBatchSize = 64,
     implementation: _Implementation = "auto",
     nan_guard: _NanGuard = False,
@@ -239,7 +268,7 @@ def generate(
         seed=seed,
         ignore_eos=ignore_eos,
     )
-    rows = _prompt_rows(prompt, input_format)
+    rows = _rows_of_all(lambda: _prompt_rows(prompt, input_format), coordinator, num_processes, process_id)
     row_params = [_with_options(params, row) for row in rows]
     can_stream = len(rows) == 1 and output_format == "text"
     if stream and not can_stream:
@@ -286,7 +315,7 @@ def generate(
                 )
             else:
                 _emit((rows[index].text if echo else "") + text + "\n")
-    if stats:
+    if stats and not _process_id:
         clock.report(engine, calibration)
 
 
@@ -367,7 +396,7 @@ class _Clock:
         from kogpt_jax.sharding import mesh_name
 
         device = engine.mesh.devices.flat[0]
-        stats = [device.memory_stats() or {} for device in engine.mesh.devices.flat]
+        stats = [device.memory_stats() or {} for device in engine.mesh.local_devices]
         peaks = [memory["peak_bytes_in_use"] for memory in stats if "peak_bytes_in_use" in memory]
         peak = f", peak memory {max(peaks) / 2**30:.2f} GiB" if peaks else ""  # of the fullest device
         rate = f"{self._decode_tokens / self._decode_s:.1f} tokens/s" if self._decode_tokens else "too short to time"
@@ -530,6 +559,9 @@ def score(
     keep_quantized: _KeepQuantized = True,
     kv_dtype: _KvDtype = None,
     mesh: _Mesh = "d1p1t1",
+    coordinator: _Coordinator = None,
+    num_processes: _NumProcesses = None,
+    process_id: _ProcessId = None,
     max_batch_size: _MaxBatchSize = 64,
     nan_guard: _NanGuard = False,
     deterministic: _Deterministic = False,
@@ -544,7 +576,7 @@ def score(
 
     The first token of a text has none before it and counts for nothing.
     """
-    rows = _text_rows(text, file)
+    rows = _rows_of_all(lambda: _text_rows(text, file), coordinator, num_processes, process_id)
     engine = _load(
         model,
         dtype,
@@ -835,7 +867,7 @@ def _load(
         implementation=implementation,
         nan_guard=nan_guard,
         deterministic=deterministic,
-        progress=True,
+        progress=not _process_id,
     )
     if engine.tokenizer is None and needs_tokenizer:
         raise InputError(f"{model} has no tokenizer: expected tokenizer.json or a SentencePiece *.model in it")
@@ -854,6 +886,24 @@ def _encode(engine: "kogpt_jax.KoGPT", row: TextRow, *, at_least: int = 1) -> li
     if len(token_ids) > engine.config.max_len:
         raise InputError(f"{row.where} has {len(token_ids)} tokens, more than the context of {engine.config.max_len}")
     return token_ids
+
+
+def _rows_of_all(
+    read: Callable[[], list[TextRow]], coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> list[TextRow]:
+    """What ``read`` finds. One of several processes joins the others first, and has what process 0 finds; from then on
+    only process 0 prints results."""
+    if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise InputError("--num-processes and --process-id take --coordinator")
+        return read()
+    from kogpt_jax import distributed  # here, so that --help need not import JAX
+
+    global _process_id
+    _process_id = distributed.initialize(coordinator, num_processes, process_id)
+    _print_in_process_0_alone()
+    rows = distributed.made_by_process_0(lambda: [dataclasses.asdict(row) for row in read()])
+    return [TextRow(**row) for row in rows]
 
 
 def _prompt_rows(prompts: Sequence[str] | None, input_format: str) -> list[TextRow]:
@@ -891,6 +941,16 @@ def _with_options(params: "kogpt_jax.SamplingParams", row: TextRow) -> "kogpt_ja
 # -- Output -----------------------------------------------------------------------------------------------------------
 
 
+def _print_in_process_0_alone() -> None:
+    """Results of other processes go nowhere; and what Gloo writes to C's stdout goes to stderr."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if _process_id == 0 and sys.stdout is None:  # the shell closed it
+        return
+    results = os.dup(1) if _process_id == 0 else nowhere
+    os.dup2(nowhere if sys.stderr is None else 2, 1)
+    sys.stdout = os.fdopen(results, "w", encoding="utf-8")
+
+
 def _emit(text: str) -> None:
     """Writes to stdout at once, so that a pipe has each result as soon as it is there.
 
@@ -925,7 +985,8 @@ def _emit_json(record: dict[str, Any]) -> None:
 def _complain(message: object) -> None:
     """One line on stderr, also where a name in it holds a line feed."""
     line = str(message).replace("\r", "\\r").replace("\n", "\\n")
-    _tell(f"kogpt: error: {line}\n")
+    who = "" if _process_id is None else f"process {_process_id}: "
+    _tell(f"kogpt: error: {who}{line}\n")
 
 
 def _tell(text: str) -> None:

@@ -104,6 +104,7 @@ def prefill(
     leaves: Sequence[Array],
     cache: KVCache,
     last_hidden: Float[Array, "B D"],
+    is_first: Any,
     chunks: Packed,
     *,
     definition: ModelDef,
@@ -115,14 +116,17 @@ def prefill(
         leaves: parameters, in the order of ``definition.params``.
         cache: what the calls before have read; donated.
         last_hidden: the residual stream of each row's last token, f32, from the calls before; donated.
+        is_first: a boolean scalar: whether the rows begin here, so that what the cache held before is of others.
         chunks: stacked (`packing.stack`), and read one after another. Rows that have no token in them stay as they are.
     """
     num_stages = definition.split.num_stages
 
-    def local(leaves: Sequence[Array], cache: KVCache, last_hidden: Array, chunks: Packed) -> tuple[KVCache, Array]:
+    def local(
+        leaves: Sequence[Array], cache: KVCache, last_hidden: Array, is_first: Any, chunks: Packed
+    ) -> tuple[KVCache, Array]:
         model = definition.merge(leaves)
         num_chunks = chunks.tokens.shape[0]
-        lengths = cache.lengths + jnp.cumsum(chunks.num_new, axis=0)  # after each chunk
+        lengths = jnp.where(is_first, 0, cache.lengths) + jnp.cumsum(chunks.num_new, axis=0)  # after each chunk
 
         def run(number: Any, x: Array, carry: tuple[KVCache, Array]) -> tuple[Array, tuple[KVCache, Array]]:
             cache, last_hidden = carry
@@ -143,10 +147,10 @@ def prefill(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(definition.leaf_specs(), cache_spec, _ROWS_BY_EMBED, _chunks_specs(chunks)),
+        in_specs=(definition.leaf_specs(), cache_spec, _ROWS_BY_EMBED, _REPLICATED, _chunks_specs(chunks)),
         out_specs=(cache_spec, _ROWS_BY_EMBED),
         check_vma=False,
-    )(list(leaves), cache, last_hidden, chunks)
+    )(list(leaves), cache, last_hidden, is_first, chunks)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))

@@ -22,10 +22,22 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from custom_ops.prefill_attention import QUERY_BLOCK, SCORE_BYTES
-from kogpt_jax import checkpoint, decoding, demo, kv_cache, model, quantized_cache, runtime, sharding, smoothing
+from kogpt_jax import (
+    checkpoint,
+    decoding,
+    demo,
+    distributed,
+    kv_cache,
+    model,
+    quantized_cache,
+    runtime,
+    sharding,
+    smoothing,
+)
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
+from kogpt_jax.kv_cache import KVCache
 from kogpt_jax.nan_guard import NanGuard
 from kogpt_jax.ops import Choice, check_choice, resolve_ops
 from kogpt_jax.packing import (
@@ -39,7 +51,7 @@ from kogpt_jax.packing import (
     power_bucket,
 )
 from kogpt_jax.sampling import RowSampling, SamplingParams
-from kogpt_jax.sharding import Split
+from kogpt_jax.sharding import Split, mesh_name
 from kogpt_jax.tokenizer import IncrementalDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -144,7 +156,7 @@ class KoGPT:
             implementation: what runs a decode step: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
                 faster of those that this machine has. ``ops`` has what was chosen.
             nan_guard: look at the output of every op, so that the `FloatingPointError` of logits that are not finite
-                names the first layer and op whose output was not. For debugging: it takes time.
+                names the first layer and op whose output was not. For debugging: it takes time, and one process.
             deterministic: give each row the same tokens, log-probabilities and scores, bit for bit, whatever runs
                 beside it (docs/deterministic.md). Takes the kernels of decode steps, and time: every batch has
                 ``max_batch_size`` rows, each prompt is read alone, and so is each text that is scored.
@@ -164,11 +176,16 @@ class KoGPT:
         self.ops = resolve_ops(
             config, implementation, platform=platform, num_shards=split.num_shards, deterministic=deterministic
         )
+        # What a machine has built and measured is in `ops`.
+        distributed.check_same(
+            "model or ops", (config, mesh_name(mesh), max_batch_size, self.ops, nan_guard, deterministic)
+        )
         self._guard = NanGuard(split.layers_per_stage(config.num_layers)) if nan_guard else None
         self._definition = model.model_def(config, split, self.ops, self._guard)
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
+        self._kept_cache: KVCache | None = None  # the last batch's, for the next one if it is alike
 
     @classmethod
     def from_pretrained(
@@ -203,7 +220,7 @@ class KoGPT:
             kv_dtype: "int8" holds the cache of keys and values in INT8 with a scale a token and head; None, or the name
                 of the model's dtype, in that.
             mesh: devices along data (rows), pipe (layers) and tensor (heads and FFN units),
-                such as "d2p1t4".
+                such as "d2p1t4"; after `distributed.initialize` those of all processes.
             max_batch_size: rows that run together at most.
             implementation: "auto", "ffi" or "reference", as for `KoGPT`.
             nan_guard: name the first op whose output is not finite, as for `KoGPT`.
@@ -238,6 +255,9 @@ class KoGPT:
         split = model.model_def(config, Split.of(device_mesh)).split
         platform = device_mesh.devices.flat[0].platform
         resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards, deterministic=deterministic)
+        distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized, nan_guard))
+        if nan_guard and jax.process_count() > 1:
+            raise InputError("nan_guard needs all devices in one process: each sees only what its own compute")
         if calibration is not None:
             config = dataclasses.replace(config, has_multiplier=True)
             text = smoothing.read_calibration(calibration, tokenizer)
@@ -298,8 +318,11 @@ class KoGPT:
         """Writes a Hugging Face directory that transformers and `from_pretrained` read, tokenizer included.
 
         Raises:
-            InputError: the model is quantised, or the directory exists and is not empty, or cannot be written.
+            InputError: the model is quantised, or one of several processes, or the directory exists and is not empty,
+                or cannot be written.
         """
+        if jax.process_count() > 1:
+            raise InputError(f"save_pretrained to {os.fspath(directory)} needs a model in one process, not several")
         checkpoint.save_pretrained(
             directory,
             self.config,
@@ -369,10 +392,12 @@ class KoGPT:
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits in f32 of every position of one sequence."""
-        slots = deal([self._checked_ids(0, token_ids)], self.mesh.shape["data"])
-        chunks = self._pack_whole(slots, 1)
-        logits = decoding.all_logits(self.leaves, chunks, **self._static)
-        return np.asarray(logits)[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
+        ids = self._checked_ids(0, token_ids)
+        distributed.check_same("token ids", ids)
+        chunks = self._pack_whole(deal([ids], self.mesh.shape["data"]), 1)
+        self._kept_cache = None
+        logits = distributed.fetch(decoding.all_logits(self.leaves, chunks, **self._static))
+        return logits[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
         """Log-probabilities and perplexity of texts.
@@ -390,6 +415,7 @@ class KoGPT:
         for index, ids in enumerate(rows):
             if len(ids) < 2:
                 raise InputError(f"prompt {index} has 1 token, scoring needs at least 2")
+        distributed.check_same("texts", rows)
         scores: list[Score | None] = [None] * len(rows)
         for group in self._scored_together([len(ids) for ids in rows]):
             self._forget_found()
@@ -397,7 +423,7 @@ class KoGPT:
             num_parts = num_chunks * self.mesh.shape["data"]
             slots = deal(group, num_parts)
             chunks = self._pack_whole([None if text is None else rows[text] for text in slots], num_chunks)
-            logprobs = np.asarray(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
+            logprobs = distributed.fetch(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
             begins = np.asarray(chunks.begins).reshape(num_parts, -1)
             for slot, text in enumerate(slots):
                 if text is None:
@@ -457,6 +483,7 @@ class KoGPT:
             # The last token sampled is never read, so one more than the free places of the context.
             max_new_tokens = min(row.max_new_tokens, self.config.max_len - len(ids) + 1)
             requests.append(_Request(index, ids, row, max_new_tokens))
+        distributed.check_same("prompts or params", requests)
         return requests
 
     def _stream(self, run: Iterator[_NewTokens]) -> Iterator[StreamEvent]:
@@ -497,7 +524,7 @@ class KoGPT:
         finished: set[int] = set()
         self._forget_found()
         for emitted in self._dispatch(slots):
-            tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
+            tokens, logprobs = distributed.fetch((emitted.tokens, emitted.logprobs))
             for slot, request in enumerate(slots):
                 count = int(np.sum(tokens[slot] != NO_TOKEN))
                 if request is None or slot in finished or count == 0:
@@ -544,24 +571,36 @@ class KoGPT:
         state, emitted = self._prefill(slots)
         most = max(request.max_new_tokens for request in slots if request is not None)
         num_dispatched = 1
-        under_way = collections.deque([emitted])
-        while True:
-            while num_dispatched < most and len(under_way) < self._chunks_in_flight:
-                state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **self._static)
-                under_way.append(emitted)
-                num_dispatched += STEPS_PER_CHUNK
-            if not under_way:
-                return
-            emitted = under_way.popleft()
-            yield emitted
-            if emitted.all_done:
-                return
+        under_way = collections.deque([_fetched(emitted)])
+        try:
+            while True:
+                while num_dispatched < most and len(under_way) < self._chunks_in_flight:
+                    state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **self._static)
+                    under_way.append(_fetched(emitted))
+                    num_dispatched += STEPS_PER_CHUNK
+                if not under_way:
+                    return
+                emitted = under_way.popleft()
+                yield emitted
+                if emitted.all_done:
+                    return
+        finally:
+            self._kept_cache = state.cache
+
+    def _take_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache whose contents mean nothing: the last batch's if it fits, which saves making one."""
+        kept, self._kept_cache = self._kept_cache, None
+        if kept is not None and (kept.page_table.shape[0], kept.max_len) != (batch, capacity):
+            kept = None
+        if kept is not None and not any(array.is_deleted() for array in jax.tree.leaves(kept)):  # as after an error
+            return kept
+        return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
 
     def _prefill(self, slots: Sequence[_Request | None]) -> tuple[DecodeState, Emitted]:
         """Reads the prompts of a batch into a new cache and samples their first tokens; None is a row of padding."""
         rows = [_PADDING if request is None else request for request in slots]
         capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
-        cache = kv_cache.make_kv_cache(self.config, self.mesh, len(rows), capacity)
+        cache = self._take_cache(len(rows), capacity)
         last_hidden = decoding.no_hidden(len(rows), **self._static)
         if self.deterministic:
             cache, last_hidden = self._read_one_by_one(slots, cache, last_hidden)
@@ -578,16 +617,18 @@ class KoGPT:
         )
 
     def _read(
-        self, prompts: Sequence[Sequence[int]], cache: kv_cache.KVCache, last_hidden: jax.Array
-    ) -> tuple[kv_cache.KVCache, jax.Array]:
-        """Reads prompts into an empty cache of as many rows; gives back what `decoding.prefill` does."""
-        for chunks in pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"]):
-            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, chunks, **self._static)
+        self, prompts: Sequence[Sequence[int]], cache: KVCache, last_hidden: jax.Array
+    ) -> tuple[KVCache, jax.Array]:
+        """Reads prompts into a cache of as many rows; gives back what `decoding.prefill` does."""
+        calls = pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"])
+        for call, chunks in enumerate(calls):
+            is_first = np.bool_(call == 0)
+            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, is_first, chunks, **self._static)
         return cache, last_hidden
 
     def _read_one_by_one(
-        self, slots: Sequence[_Request | None], cache: kv_cache.KVCache, last_hidden: jax.Array
-    ) -> tuple[kv_cache.KVCache, jax.Array]:
+        self, slots: Sequence[_Request | None], cache: KVCache, last_hidden: jax.Array
+    ) -> tuple[KVCache, jax.Array]:
         """`_read`, each prompt by programs that its length alone decides: beside none, into a cache of its own that is
         copied to the prompt's place in the batch."""
         num_shards = self.mesh.shape["data"]
@@ -612,6 +653,7 @@ class KoGPT:
         """Groups texts that fit the devices, long ones first, into as many tokens as prefill reads at a time."""
         group: list[int] = []
         free = self._free_bytes()
+        self._kept_cache = None
         most = 1 if self.deterministic else self.max_batch_size
         for index in sorted(range(len(lens)), key=lambda index: lens[index], reverse=True):
             num_tokens = sum(lens[other] for other in group) + lens[index]
@@ -696,9 +738,19 @@ class KoGPT:
         return needed
 
     def _free_bytes(self) -> float:
-        """Memory left on the fullest device; on a CPU what the host has available."""
+        """Memory left on the fullest device once the kept cache has gone; on a CPU what the host has available. The
+        same in all processes."""
         stats = [device.memory_stats() for device in self.mesh.local_devices]
-        return min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+        kept = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(self._kept_cache))
+        free = min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+        return distributed.smallest(free + kept)
+
+
+def _fetched(emitted: Emitted) -> Emitted:
+    """On its way to the host as soon as it is there."""
+    for array in jax.tree.leaves(emitted):
+        array.copy_to_host_async()
+    return emitted
 
 
 def perplexity(nats: float) -> float:

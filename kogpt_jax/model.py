@@ -135,7 +135,7 @@ class Block(nnx.Module):
             )
         assert act is not None  # with gelu_from
         ffn = act
-        check("w_in", layer, lambda: (qkv, ffn[:, local_dim:]))
+        check("w_in", layer, lambda: (qkv[:, : 3 * local_dim], ffn[:, local_dim:]))
         with jax.named_scope("attention"):
             act, kept = attend(qkv, act)
         check("attention", layer, lambda: (act[:, :local_dim],))
@@ -422,7 +422,8 @@ def prefill_linear(
     """A layer's product for whole sequences, with what `custom_ops.linear` has around it: (y, act).
 
     ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [T, act_dim], the columns in front
-    of GELU's are attention's to fill.
+    of GELU's are attention's to fill. With GELU ``y`` may have more columns than ``gelu_from``: XLA's product is not
+    cut, which would copy it for a kernel.
     """
     options: dict[str, Any] = {
         "bias": bias,
@@ -489,8 +490,8 @@ def _dense_with(
         if residual is not None:
             y = residual + y
         return y if bias is None else y + bias.astype(jnp.float32), None
-    y, ffn = jnp.split(dense(x, weight, config.jax_dtype), (gelu_from,), axis=-1)
-    ffn = ffn.astype(jnp.float32)
+    y = dense(x, weight, config.jax_dtype)
+    ffn = y[:, gelu_from:].astype(jnp.float32)
     if bias is not None:
         ffn = ffn + bias.astype(jnp.float32)
     ffn = jax.nn.gelu(ffn, approximate=True).astype(config.jax_dtype)

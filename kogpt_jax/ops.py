@@ -39,7 +39,6 @@ def resolve_ops(
     takes groups for both, so that a row has the same bits in a batch of any size. For the layers' products of whole
     sequences with INT8 weights "auto" takes what was the fastest, where this device has been timed with such products
     (`custom_ops.autotune`), else the project's kernel on a GPU.
-    An INT8 cache has no kernels for GPUs yet: there "auto" leaves attention to XLA, and "ffi" is refused.
     With ``deterministic`` a decode step takes what gives a row the same bits in any place of a batch: the kernels of
     `linear` and `decode_attention`, for "auto" too, and sums over tensor shards in order.
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kogpt_jax import checkpoint, runtime, smoothing
+from kogpt_jax import checkpoint, distributed, runtime, smoothing
 from kogpt_jax._version import __version__
 from kogpt_jax.config import ModelConfig
 from kogpt_jax.errors import InputError
@@ -58,7 +58,7 @@ def load_leaves(
     """The leaves of a quantised model: from the cache, else quantised from ``source`` and kept.
 
     An entry that cannot be read is made anew; where it cannot be written, one warning says so and the model is used as
-    it is.
+    it is. Several processes make no entry: they take one that all of them find, or quantise each time.
 
     Args:
         source: a Hugging Face directory.
@@ -69,10 +69,12 @@ def load_leaves(
 
     Raises:
         InputError: what `checkpoint.load_leaves` refuses of ``source``; a smoothed model, which is made on one device,
-            cannot be kept and ``mesh`` has several.
+            cannot be kept and ``mesh`` has several, or there is none and several processes want it.
     """
     record = _record(source, config, calibration)
     entry = _entry(source, record)
+    if jax.process_count() > 1:
+        return _load_in_several(source, config, mesh, entry, record, progress)
     if _is_complete(entry, record):
         try:
             return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
@@ -99,6 +101,27 @@ def load_leaves(
     if report is None or mesh.size == 1:
         return leaves
     return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
+
+
+def _load_in_several(
+    source: pathlib.Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    entry: pathlib.Path,
+    record: dict[str, Any],
+    progress: bool,
+) -> list[jax.Array]:
+    """`load_leaves` of one of several processes, each of which may have a cache folder of its own."""
+    if distributed.smallest(_is_complete(entry, record)):
+        return checkpoint.load_leaves(entry, config, mesh, is_stored_quantized=True, progress=progress)
+    if config.has_multiplier:
+        raise InputError(
+            f"smoothed weights are made in one process, and not all processes find theirs: {entry} is missing; "
+            "kogpt quantize makes them"
+        )
+    if jax.process_index() == 0:
+        _logger.warning("quantised weights are not kept by several processes; kogpt quantize makes them ahead")
+    return checkpoint.load_leaves(source, config, mesh, progress=progress)
 
 
 def smoothing_of(entry: pathlib.Path) -> list[dict[str, dict[str, float]]]:

@@ -14,6 +14,7 @@ It also tells `custom_ops.autotune` where the user's files are: in ``cache_dir()
 import logging
 import os
 import pathlib
+import re
 import tempfile
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import platformdirs
 
 from custom_ops import autotune
+from kogpt_jax.errors import InputError
 
 # Weights, cache and XLA's workspace live in XLA's own pool; the rest is for the CUDA context, cuDNN and NCCL. XLA's
 # default is .75, which on an 80 GB GPU leaves 20 GB idle.
@@ -35,8 +37,24 @@ _CACHE_THRESHOLDS = (
     ("jax_persistent_cache_min_entry_size_bytes", 0, 0),
 )
 
+# Of several processes: how many there are, and which one this is. Open MPI started within a Slurm job knows better than
+# Slurm, whose first name here exists only within `srun`.
+_LAUNCHER_NAMES = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+_FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20000, 10000  # below those that Linux gives to outgoing connections
+
 _logger = logging.getLogger("kogpt_jax")
 _settings: tuple["Setting", ...] | None = None
+
+
+class ProcessVariables(NamedTuple):
+    """What the environment says of the processes that run one model together; None where it says nothing."""
+
+    coordinator: str | None  # "HOST:PORT"
+    num_processes: int | None
+    process_id: int | None
 
 
 class Setting(NamedTuple):
@@ -51,6 +69,36 @@ def cache_dir() -> pathlib.Path:
     """The folder for what can be made anew: ``KOGPT_CACHE_DIR``, else the user's cache folder. It may not exist yet."""
     override = os.environ.get("KOGPT_CACHE_DIR")
     return pathlib.Path(override).expanduser() if override else platformdirs.user_cache_path("kogpt_jax")
+
+
+def process_variables() -> ProcessVariables:
+    """Reads what JAX's variables, Open MPI and Slurm say. The port within a Slurm job is a function of its number.
+
+    Raises:
+        InputError: a variable that is no number.
+    """
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    nodes, job = os.environ.get("SLURM_STEP_NODELIST"), _number("SLURM_JOB_ID")
+    # "node7,other", "node[07-12,15],other": the first name.
+    first_node = re.match(r"([^,[]+)(?:\[(\w+))?", nodes or "")
+    if coordinator is None and first_node is not None and job is not None:
+        coordinator = f"{first_node[1]}{first_node[2] or ''}:{_FIRST_SLURM_PORT + job % _NUM_SLURM_PORTS}"
+    own = ProcessVariables(coordinator, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID"))
+    if own.num_processes is not None or own.process_id is not None:
+        return own
+    for names in _LAUNCHER_NAMES:
+        num_processes, process_id = map(_number, names)
+        if num_processes is not None and process_id is not None:
+            return ProcessVariables(coordinator, num_processes, process_id)
+    return own
+
+
+def _number(name: str) -> int | None:
+    """An environment variable's."""
+    value = os.environ.get(name)
+    if value is not None and re.fullmatch(r"\d+", value, re.ASCII) is None:
+        raise InputError(f"environment variable {name} must be a number, got {value!r}")
+    return None if value is None else int(value)
 
 
 def configure() -> None:

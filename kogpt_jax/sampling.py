@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
+from kogpt_jax import distributed
 from kogpt_jax.errors import InputError
 from kogpt_jax.vocabulary import Vocabulary
 
@@ -88,14 +89,14 @@ class RowSampling:
 
     @classmethod
     def from_params(cls, rows: Sequence[SamplingParams]) -> "RowSampling":
-        """Stacks the rows' parameters; a row without a seed gets one of the system's entropy."""
+        """Stacks the rows' parameters; a row without a seed gets one of the system's entropy, process 0's."""
         seeds = [secrets.randbelow(_MAX_SEED + 1) if row.seed is None else row.seed for row in rows]
         return cls(
             temperature=jnp.asarray(np.array([row.temperature for row in rows], np.float32)),
             top_k=jnp.asarray(np.array([min(row.top_k, _MAX_TOP_K) for row in rows], np.int32)),
             top_p=jnp.asarray(np.array([row.top_p for row in rows], np.float32)),
             min_p=jnp.asarray(np.array([row.min_p for row in rows], np.float32)),
-            seed=jnp.asarray(np.array(seeds, np.uint32)),
+            seed=jnp.asarray(distributed.of_process_0(np.array(seeds, np.uint32))),
             is_greedy=all(row.temperature == 0 for row in rows),
         )
 

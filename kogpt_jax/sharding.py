@@ -87,12 +87,18 @@ def make_mesh(data: int = 1, pipe: int = 1, tensor: int = 1, *, devices: Sequenc
     """A mesh over the first ``data * pipe * tensor`` of ``devices`` (default: all that JAX sees).
 
     Raises:
-        InputError: fewer devices than the mesh needs.
+        InputError: fewer devices than the mesh needs, or none of one of several processes among them.
     """
     devices = jax.devices() if devices is None else devices
     size = data * pipe * tensor
     if len(devices) < size:
         raise InputError(f"mesh d{data}p{pipe}t{tensor} needs {size} devices, found {len(devices)}")
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices[:size]}
+    if idle:
+        raise InputError(
+            f"mesh d{data}p{pipe}t{tensor} takes {size} of {len(devices)} devices, none of process {min(idle)}: "
+            "each process must take part"
+        )
     # The forward is manual inside `jax.shard_map`; Auto keeps the little around it out of the type system.
     return jax.make_mesh((data, pipe, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 

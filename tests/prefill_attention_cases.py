@@ -90,9 +90,8 @@ def arguments_of(case: PrefillAttentionCase, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def oracle_of(case: PrefillAttentionCase, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(act, k_pages, v_pages) in f64, NaN where they were. Rotated q and k are rounded, as the contract has it: of one
-    query among many some score is large, and a rounding of it moves all weights."""
+def rotated_qkv(case: PrefillAttentionCase, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k and v in f64, each [total_tokens, heads, head_dim], before they are rounded to dtype."""
     qkv = np.asarray(arguments["qkv"], np.float64).reshape(-1, 3, case.heads, case.head_dim)
     cos, sin = (np.asarray(table, np.float64)[:, None] for table in arguments["rotary"])
     q, k, v = (qkv[:, part].copy() for part in range(3))
@@ -100,25 +99,50 @@ def oracle_of(case: PrefillAttentionCase, arguments: dict[str, Any]) -> tuple[np
         even, odd = head[..., 0 : case.rotary_dim : 2].copy(), head[..., 1 : case.rotary_dim : 2].copy()
         head[..., 0 : case.rotary_dim : 2] = even * cos - odd * sin
         head[..., 1 : case.rotary_dim : 2] = odd * cos + even * sin
-        head[...] = np.asarray(jnp.asarray(head.astype(np.float32), DTYPES[case.dtype]), np.float64)
-    k_pages, v_pages = (np.asarray(arguments[name], np.float64).copy() for name in ("k_pages", "v_pages"))
+    return q, k, v
+
+
+def new_slots(case: PrefillAttentionCase, arguments: dict[str, Any], row: int) -> tuple[Any, ...]:
+    """Index of the slots of a row's new tokens in the pages: [num_new, heads, ...]."""
+    positions = np.arange(case.lengths[row], case.lengths[row] + case.num_new[row])
+    pages = np.asarray(arguments["page_table"])[row, positions // case.page_len]
+    return pages, slice(None), positions % case.page_len
+
+
+def attention_of(
+    case: PrefillAttentionCase, arguments: dict[str, Any], k_pages: np.ndarray, v_pages: np.ndarray
+) -> np.ndarray:
+    """act in f64 over pages that hold the new tokens already. Rotated q is rounded, as the contract has it: of one
+    query among many some score is large, and a rounding of it moves all weights."""
+    q = _rounded(case, rotated_qkv(case, arguments)[0])
     act = np.asarray(arguments["act"], np.float64).copy()
-    page_table = np.asarray(arguments["page_table"])
     for row, (begin, num_new, length) in enumerate(zip(case.begins, case.num_new, case.lengths, strict=True)):
         if num_new == 0:
             continue
         new = slice(begin, begin + num_new)
-        positions = np.arange(length, length + num_new)
-        slots = (page_table[row, positions // case.page_len], slice(None), positions % case.page_len)
-        k_pages[slots], v_pages[slots] = k[new], v[new]
-        page_ids = page_table[row, : -(-(length + num_new) // case.page_len)]
+        page_ids = np.asarray(arguments["page_table"])[row, : -(-(length + num_new) // case.page_len)]
         keys, values = (
             np.concatenate(list(pages[page_ids]), axis=1)[:, : length + num_new] for pages in (k_pages, v_pages)
         )
         scores = np.einsum("tnh,nsh->nts", q[new], keys, optimize=True) / np.sqrt(case.head_dim)
+        positions = np.arange(length, length + num_new)
         scores = np.where(np.arange(length + num_new) <= positions[:, None], scores, -np.inf)
         probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
         probs /= probs.sum(axis=-1, keepdims=True)
         out = np.einsum("nts,nsh->tnh", probs, values, optimize=True)
         act[new, : case.width] = out.reshape(num_new, case.width)
-    return act, k_pages, v_pages
+    return act
+
+
+def oracle_of(case: PrefillAttentionCase, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(act, k_pages, v_pages) in f64, NaN where they were."""
+    _, k, v = rotated_qkv(case, arguments)
+    k_pages, v_pages = (np.asarray(arguments[name], np.float64).copy() for name in ("k_pages", "v_pages"))
+    for row, (begin, num_new) in enumerate(zip(case.begins, case.num_new, strict=True)):
+        slots = new_slots(case, arguments, row)
+        k_pages[slots], v_pages[slots] = _rounded(case, k)[begin : begin + num_new], v[begin : begin + num_new]
+    return attention_of(case, arguments, k_pages, v_pages), k_pages, v_pages
+
+
+def _rounded(case: PrefillAttentionCase, values: np.ndarray) -> np.ndarray:
+    return np.asarray(jnp.asarray(values.astype(np.float32), DTYPES[case.dtype]), np.float64)

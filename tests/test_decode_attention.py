@@ -181,7 +181,8 @@ def test_a_row_is_the_same_bits_in_every_batch(head_dim):
 
 
 @with_library
-def test_a_prefetched_cache_gives_the_same_bits():
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_prefetched_cache_gives_the_same_bits(is_int8):
     """Behind a product that is still running when attention starts, and with lengths that are only just there."""
     case = DecodeAttentionCase(
         batch=3,
@@ -195,6 +196,8 @@ def test_a_prefetched_cache_gives_the_same_bits():
         act_dim=300,
     )
     arguments = decode_attention_arguments(case)
+    if is_int8:
+        arguments |= {name: custom_ops.quantize_weight(arguments[name]) for name in ALIASED[1:]}
     k_dim = 2048
     x = jax.random.normal(jax.random.key(0), (case.batch, k_dim)).astype(arguments["qkv"].dtype)
     weight = jax.random.normal(jax.random.key(1), (arguments["qkv"].shape[1], k_dim)).astype(x.dtype)

@@ -65,7 +65,7 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     args: tuple[Any, ...]
     if phase == "prefill":
         chunks = stack(pack([[1] * 8] * BATCH))
-        args = (cache, jnp.zeros((BATCH, engine.config.model_dim)), chunks)
+        args = (cache, jnp.zeros((BATCH, engine.config.model_dim)), np.bool_(True), chunks)
     else:
         rows = RowSampling.from_params([SamplingParams(seed=0)] * BATCH)
         ones, ignore_eos = np.ones(BATCH, np.int32), np.zeros(BATCH, bool)
@@ -203,6 +203,9 @@ class Spy:
     def __array__(self, *args, **kwargs):
         self._log.append(self._name)
         return np.asarray(self._array, *args, **kwargs)
+
+    def copy_to_host_async(self):
+        self._array.copy_to_host_async()
 
     def __bool__(self):
         self._log.append(self._name)

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from test_library import (
     ALIASES,
+    PARTS_OF_PAGES,
     assert_refused,
     call,
     changed,
+    check_that_an_int8_cache_is_refused,
     make_operands,
     test_a_wrong_dtype_is_refused,
     test_a_wrong_extent_is_refused,
@@ -66,7 +68,6 @@ def test_a_wrong_rank_or_dtype_of_prefill_attention_is_refused(name):
     ("name", "axis", "blamed"),
     [
         ("qkv", 0, "qkv"),
-        ("qkv", 1, "qkv"),
         ("cos", 0, "cos"),
         ("cos", 1, "sin"),
         ("sin", 0, "sin"),
@@ -89,6 +90,11 @@ def test_a_wrong_extent_of_prefill_attention_is_refused(name, axis, blamed):
 @pytest.mark.parametrize("name", ALIASES[PREFILL])
 def test_what_prefill_attention_updates_in_place_must_be_aliased(name):
     assert_refused(PREFILL, make_operands(PREFILL), f"{PREFILL}: {name} must be aliased", without_alias=name)
+
+
+@pytest.mark.parametrize("name", PARTS_OF_PAGES)
+def test_an_int8_cache_that_does_not_fit_prefill_attention_is_refused(name, monkeypatch):
+    check_that_an_int8_cache_is_refused(PREFILL, name, monkeypatch)
 
 
 def test_what_prefill_attention_does_not_take_is_refused():

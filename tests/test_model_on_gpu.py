@@ -94,18 +94,23 @@ def leaves() -> list[jax.Array]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("quant", ["none", "w8a16"])
+@pytest.mark.parametrize(("quant", "kv_dtype"), [("none", None), ("w8a16", None), ("w8a16", "int8")])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, batch: int):
+def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, kv_dtype: str | None, batch: int):
     """Against f32: at most 1.1 times what XLA loses in the same dtype, and quantised at most 1.1 times what the same
-    quantised weights lose in f32 (of bf16 what the activations lose besides)."""
+    quantised weights, over the same kind of cache, lose in f32 (of bf16 what the activations lose besides)."""
     tokens = np.random.default_rng(batch).integers(0, TWO_LAYERS.vocab_size, (batch, PROMPT_LEN + NUM_STEPS))
     tokens = tokens.astype(np.int32)
     oracle = step_logits(engine_of(TWO_LAYERS, leaves, "reference"), tokens)
-    config = dataclasses.replace(TWO_LAYERS, dtype=dtype, quant=quant)
+    config = dataclasses.replace(TWO_LAYERS, dtype=dtype, quant=quant, kv_dtype=kv_dtype)
     kernels = engine_of(config, leaves, "ffi")
-    all_kernels = OpsConfig("ffi", "ffi", "ffi", "ffi", gemm="reference" if quant == "none" else "ffi")
-    assert kernels.ops == all_kernels
+    assert kernels.ops == OpsConfig(
+        linear="ffi",
+        linear_many_rows="ffi",
+        decode_attention="ffi",
+        prefill_attention="ffi",
+        gemm="reference" if quant == "none" else "ffi",
+    )
     errors = {"ffi": error(step_logits(kernels, tokens), oracle)}
     plain = dataclasses.replace(config, quant="none")
     errors["activations"] = error(step_logits(engine_of(plain, leaves, "reference"), tokens), oracle)
@@ -113,7 +118,7 @@ def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, batch:
     if quant != "none":
         errors["weights"] = error(step_logits(dequantized(kernels), tokens), oracle)
         assert 1e-3 < errors["weights"] < 0.2
-    print(dtype, quant, batch, errors)
+    print(dtype, quant, kv_dtype, batch, errors)
     assert errors["ffi"] <= 1.1 * errors["reference"]
     if quant != "none":
         of_dtype = errors["activations"] if dtype == "bf16" else 0.0

@@ -71,19 +71,17 @@ def test_auto_goes_op_by_op(monkeypatch):
     assert str(caught.value) == "implementation 'ffi' cannot be used for decode_attention: head_dim must be 64"
 
 
-def test_an_int8_cache_has_no_kernels_for_gpus_yet(monkeypatch):
-    """Where there is a CUDA library: "auto" says so, "ffi" is refused."""
+def test_an_int8_cache_has_kernels_on_gpus(monkeypatch):
+    """Where there is a CUDA library: the same choices as for a 16-bit cache."""
     monkeypatch.setattr(_library, "load", lambda platform: _library.LibraryInfo("cuda", problem=None))
     for config in (KERNEL_CONFIG, QUANTIZED, W8A8):
-        config = dataclasses.replace(config, kv_dtype="int8", dtype="bf16")
-        found = resolve_ops(config, "auto", platform="gpu")
-        assert (found.decode_attention, found.prefill_attention, found.linear) == ("reference", "reference", "ffi")
-        assert "decode_attention reference, prefill_attention reference" in describe(found)
-        with pytest.raises(InputError) as caught:
-            resolve_ops(config, "ffi", platform="gpu")
-        message = "cannot be used for decode_attention: the CUDA kernels do not support an INT8 cache yet"
-        assert str(caught.value) == f"implementation 'ffi' {message}"
-        assert resolve_ops(config, "ffi", platform="cpu").decode_attention == "ffi"
+        config = dataclasses.replace(config, dtype="bf16")
+        int8 = dataclasses.replace(config, kv_dtype="int8")
+        for choice in ("auto", "ffi"):
+            found = resolve_ops(int8, choice, platform="gpu")
+            assert found == resolve_ops(config, choice, platform="gpu")
+            assert found.decode_attention == "ffi"
+        assert found.prefill_attention == "ffi"
 
 
 @pytest.mark.host
@@ -158,7 +156,7 @@ def test_prefill_through_its_op_is_the_same(monkeypatch):
     def prefill(chosen: OpsConfig):
         cache = kv_cache.make_kv_cache(config, mesh, batch, 192)
         static = {"definition": model_def(config, ops=chosen), "mesh": mesh}
-        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), chunks, **static)
+        return decoding.prefill(leaves, cache, jnp.zeros((batch, config.model_dim)), np.bool_(True), chunks, **static)
 
     expected_cache, expected = prefill(REFERENCE)
     assert not calls

@@ -23,9 +23,9 @@ ALIASED = ("act", "k_pages", "v_pages")
 def run(arguments, implementation: str, max_new: int | None = None):
     """(act, k_pages, v_pages) in f32, which is exact; what is aliased is given away."""
     arguments = dict(arguments)
-    donated = {name: jnp.copy(arguments.pop(name)) for name in ALIASED}
+    donated = {name: jax.tree.map(jnp.copy, arguments.pop(name)) for name in ALIASED}
     results = _call(donated, arguments, implementation=implementation, max_new=max_new)
-    return tuple(map(in_f32, results[:3]))
+    return jax.tree.map(in_f32, tuple(results[:3]))
 
 
 def in_f32(array) -> np.ndarray:
@@ -117,6 +117,19 @@ def test_a_prompt_in_chunks_is_the_whole_prompt():
     np.testing.assert_array_equal(in_f32(pages["v_pages"])[:-1], v_pages[:-1])
 
 
+def check_that_more_columns_are_not_looked_at(implementation: str) -> None:
+    arguments = arguments_of(SMALL)
+    expected = run(arguments, implementation)
+    for more in (8, 3):  # rows that begin at 16 bytes, and that do not
+        qkv = jnp.pad(arguments["qkv"], ((0, 0), (0, more)), constant_values=jnp.nan)
+        for result, as_before in zip(run(arguments | {"qkv": qkv}, implementation), expected, strict=True):
+            np.testing.assert_array_equal(result, as_before)
+
+
+def test_more_columns_of_qkv_are_not_looked_at():
+    check_that_more_columns_are_not_looked_at("reference")
+
+
 def test_no_rows_and_no_tokens_change_nothing():
     arguments = arguments_of(SMALL)
     empty = {name: arguments[name][:0] for name in ("page_table", "begins", "num_new", "lengths")}
@@ -155,7 +168,7 @@ def check_errors_of_the_kernels(case: PrefillAttentionCase) -> None:
         jax.tree.map(np.testing.assert_array_equal, results, run(arguments, "ffi", again))
 
 
-def check_that_a_row_is_the_same_bits_in_every_batch(head_dim: int) -> None:
+def check_that_a_row_is_the_same_bits_in_every_batch(head_dim: int, with_pages=lambda arguments: arguments) -> None:
     """Each row alone and in batches with other neighbours, packed in other places, and in a wider table."""
     rng = np.random.default_rng(2)
     num_new = tuple(int(count) for count in rng.integers(0, 300, 9))
@@ -172,7 +185,7 @@ def check_that_a_row_is_the_same_bits_in_every_batch(head_dim: int) -> None:
         lengths=lengths,
         rotary_dim=32,
     )
-    arguments = arguments_of(case)
+    arguments = with_pages(arguments_of(case))
     act = run(arguments, "ffi")[0]
     rows = [act[begin : begin + count] for begin, count in zip(begins, num_new, strict=True)]
     assert all(np.isfinite(row).all() for row in rows)

@@ -1,6 +1,7 @@
 """`custom_ops.prefill_attention` on the CUDA kernels."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,18 @@ import pytest
 import tolerances
 from hlo import Module, num_elements
 from prefill_attention_cases import arguments_of, case_id
+from test_int8_cache import (
+    check_errors_of_the_prefill_kernels,
+    check_that_a_head_that_is_not_finite_shows,
+    with_int8_pages,
+)
 from test_prefill_attention import (
     ALIASED,
     CASES,
     SMALL,
     check_errors_of_the_kernels,
     check_that_a_row_is_the_same_bits_in_every_batch,
+    check_that_more_columns_are_not_looked_at,
     in_f32,
     run,
     test_arguments_that_do_not_fit_are_refused_by_name,
@@ -42,9 +49,27 @@ def test_error_is_at_most_twice_the_references(case):
     check_errors_of_the_kernels(case)
 
 
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_error_over_int8_pages_is_at_most_twice_the_references(case):
+    check_errors_of_the_prefill_kernels(case)
+
+
+# What makes the pages of a call.
+PAGES = pytest.mark.parametrize("with_pages", [dict, with_int8_pages], ids=["16 bits", "INT8"])
+
+
+@PAGES
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_a_row_is_the_same_bits_in_every_batch(head_dim):
-    check_that_a_row_is_the_same_bits_in_every_batch(head_dim)
+def test_a_row_is_the_same_bits_in_every_batch(head_dim, with_pages):
+    check_that_a_row_is_the_same_bits_in_every_batch(head_dim, with_pages)
+
+
+def test_an_int8_head_that_is_not_finite_shows_and_one_of_zeros_does_not():
+    check_that_a_head_that_is_not_finite_shows("ffi")
+
+
+def test_more_columns_of_qkv_are_not_looked_at():
+    check_that_more_columns_are_not_looked_at("ffi")
 
 
 def test_no_rows_and_no_tokens_change_nothing():
@@ -58,9 +83,10 @@ def test_no_rows_and_no_tokens_change_nothing():
             np.testing.assert_array_equal(result, in_f32(changed[name]))
 
 
-def test_prefill_and_decoding_share_the_cache():
+@PAGES
+def test_prefill_and_decoding_share_the_cache(with_pages):
     """One more token by decode_attention is the same as one more in the prompt."""
-    arguments = arguments_of(SMALL)
+    arguments = with_pages(arguments_of(SMALL))
     act, k_pages, v_pages = run(arguments, "ffi")
     one_less = arguments | {"num_new": arguments["num_new"] - 1}
     _, k_before, v_before, _ = custom_ops.prefill_attention(**one_less, implementation="ffi")
@@ -78,13 +104,14 @@ def test_prefill_and_decoding_share_the_cache():
         implementation="ffi",
     )
     tolerances.assert_close(in_f32(decoded), act[np.asarray(last)], tolerances.MODULE["bf16"])
-    np.testing.assert_array_equal(in_f32(k_appended), k_pages)
-    np.testing.assert_array_equal(in_f32(v_appended), v_pages)
+    for appended, pages in ((k_appended, k_pages), (v_appended, v_pages)):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(in_f32, appended), pages)
 
 
-def test_cache_and_result_are_updated_in_place():
+@PAGES
+def test_cache_and_result_are_updated_in_place(with_pages):
     """In a loop, too: no array of the size of the cache is made in its body."""
-    arguments = arguments_of(SMALL)
+    arguments = with_pages(arguments_of(SMALL))
     donated = {name: arguments.pop(name) for name in ALIASED}
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -102,9 +129,10 @@ def test_cache_and_result_are_updated_in_place():
     text = compiled.as_text()
     assert text is not None
     call = next(line for line in text.splitlines() if 'custom_call_target="kogpt_prefill_attention"' in line)
-    for result, argument in ((0, 9), (1, 3), (2, 4)):
+    scales = ((2, 4), (4, 6)) if with_pages is with_int8_pages else ()
+    for result, argument in ((0, 11), (1, 3), (3, 5), *scales):
         assert f"{{{result}}}: ({argument}, {{}})" in call
-    size = donated["k_pages"].size
+    size = math.prod(donated["k_pages"].shape)
     copies = [
         instruction
         for instruction in Module.parse(text).running()
@@ -113,7 +141,7 @@ def test_cache_and_result_are_updated_in_place():
     assert not copies
     memory = compiled.memory_analysis()
     assert memory is not None
-    assert memory.alias_size_in_bytes >= sum(array.nbytes for array in donated.values())
+    assert memory.alias_size_in_bytes >= sum(array.nbytes for array in jax.tree.leaves(donated))
 
 
 def test_vmap_raises():

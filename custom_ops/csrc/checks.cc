@@ -106,13 +106,16 @@ const char* CheckPrefillAttention(const PrefillAttentionParams& params) {
     return "act must hold the outputs of all heads";
   }
   if (params.dtype != DataType::kFloat16 && params.dtype != DataType::kBfloat16) {
-    return "qkv, pages and act must be f16 or bf16";
+    return "qkv and act must be f16 or bf16";
   }
   if (params.batch == 0 || params.total_tokens == 0) return nullptr;
   if (params.qkv == nullptr || params.k_pages == nullptr || params.v_pages == nullptr ||
       params.page_table == nullptr || params.begins == nullptr || params.num_new == nullptr ||
       params.lengths == nullptr || params.act == nullptr) {
     return "qkv, the pages, page_table, begins, num_new, lengths and act must be there";
+  }
+  if ((params.k_scales == nullptr) != (params.v_scales == nullptr)) {
+    return "k_pages and v_pages must both have scales or neither";
   }
   if (params.rotary_dim > 0 && (params.cos == nullptr || params.sin == nullptr)) {
     return "cos and sin must be there when rotary_dim is not 0";

@@ -17,6 +17,10 @@ namespace kogpt {
 
 inline constexpr int kWarpSize = 32;
 
+// A value that is the same in the whole warp, so that the compiler knows it, too: products behind a
+// branch that it takes for divergent run one after another.
+__device__ __forceinline__ int Uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // Loads and stores of what other kernels write go to L2 (__ldcg and the like): under dependent
 // launch a kernel starts while the one ahead still writes, so that L1 might keep an older value.
 
@@ -85,6 +89,16 @@ __device__ __forceinline__ void StoreInFirstBlock(uint32_t shared, float value) 
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, 0;\n" : "=r"(there) : "r"(shared));
   asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(there), "f"(value) : "memory");
+}
+
+// Copies bytes that lie together: a multiple of 16, from where 16 bytes begin to where they do.
+__device__ __forceinline__ void CopyBytes(uint32_t shared, const void* global, int bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // Copies a box of a two-dimensional array; what lies outside of the array comes as zeros.
@@ -178,6 +192,101 @@ __device__ __forceinline__ uint4 Pack(const float (&values)[8]) {
       Pair<T>::FromFloats(values[4], values[5]), Pair<T>::FromFloats(values[6], values[7]));
 }
 
+// Rounding to INT8 as `quantize_weight` does it: max |.| / 127 is the scale (1 for zeros), halves go to
+// even.
+
+// Of magnitudes. As integers, because NaN is then above infinity, not left out.
+struct Largest {
+  __device__ __forceinline__ float operator()(float a, float b) const {
+    return __uint_as_float(max(__float_as_uint(a), __float_as_uint(b)));
+  }
+};
+
+// NaN if `largest` is not finite: times the rounded values infinity might be a score of minus infinity,
+// which does not show.
+__device__ __forceinline__ float Int8Scale(float largest) {
+  largest += largest - largest;
+  return largest == 0.0f ? 1.0f : __fdiv_rn(largest, 127.0f);
+}
+
+// Divides by the scale and rounds four values to bytes.
+class Int8Rounding {
+ public:
+  __device__ __forceinline__ explicit Int8Rounding(float scale)
+      : scale_(scale), inverse_(1.0f / scale), is_normal_(scale > 0x1p-100f) {}
+
+  __device__ __forceinline__ uint32_t Round4(const float* values) const {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float quotient;
+      if (is_normal_) {
+        // The quotient's nearest value (Markstein 1990), for a fraction of a division's price.
+        // Its magnitude is below 127.5.
+        const float estimate = __fmul_rn(values[i], inverse_);
+        const float rest = __fmaf_rn(-estimate, scale_, values[i]);
+        quotient = __fmaf_rn(rest, inverse_, estimate);
+      } else {
+        quotient = fminf(fmaxf(__fdiv_rn(values[i], scale_), -127.0f), 127.0f);
+      }
+      // The sum's last bits are the integer: with 1.5 * 2^23 there is no place for a fraction.
+      words[i] = __float_as_uint(__fadd_rn(quotient, 12582912.0f));
+    }
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0040),
+                       __byte_perm(words[2], words[3], 0x0040), 0x5410);
+  }
+
+ private:
+  float scale_;
+  float inverse_;
+  bool is_normal_;
+};
+
+// Two INT8 values, those of `word` that `selector` puts into bytes 0 and 2, as 16-bit numbers,
+// exactly; their scale is applied to the sum.
+template <typename T>
+__device__ __forceinline__ uint32_t WidenPair(uint32_t word, uint32_t selector) {
+  if constexpr (std::is_same_v<T, __half>) {
+    // 0x6400 + u is 1024 + u; u = value + 128.
+    const uint32_t raised = __byte_perm(word ^ 0x80808080u, 0x64646464u, selector);
+    const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised),
+                                 __half2(__half_raw{0x6480}, __half_raw{0x6480}));
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to
+    // subtract into 256.
+    const uint32_t raised = __byte_perm(word, 0x43434343u, selector);
+    const uint32_t low = raised & 0xff7fff7fu;
+    const uint32_t offset = raised & 0xff80ff80u;
+    const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&low),
+                                        *reinterpret_cast<const __nv_bfloat162*>(&offset));
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// The selectors of `WidenPair` for the first and the last two values of a word: each below the
+// constant's byte.
+inline constexpr uint32_t kFirstTwo = 0x4140;
+inline constexpr uint32_t kLastTwo = 0x4342;
+
+// Eight INT8 values as pairs of 16-bit numbers.
+template <typename T>
+struct Widened {
+  uint32_t words[4];
+
+  __device__ __forceinline__ Widened(uint32_t low, uint32_t high)
+      : words{WidenPair<T>(low, kFirstTwo), WidenPair<T>(low, kLastTwo),
+              WidenPair<T>(high, kFirstTwo), WidenPair<T>(high, kLastTwo)} {}
+};
+
+// Of an 8 x 8 matrix of 16-bit values a lane gives those of row lane / 4, columns 2 (lane % 4) and one
+// further, and gets those of its transpose.
+__device__ __forceinline__ uint32_t TransposeMatrix(uint32_t values) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(values));
+  return transposed;
+}
+
 // sums += A B for 16 rows of A, 8 columns of B and 16 k, in f32; operands as the instruction m16n8k16
 // has them: four registers of A, two of B.
 template <typename T>
@@ -230,8 +339,15 @@ const KernelTraits& TraitsOf(SharedBytes shared_bytes) {
     if (traits.error == cudaSuccess) {
       traits.ptx_version = attributes.ptxVersion;
       traits.is_hopper = attributes.ptxVersion >= 90;
-      traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          shared_bytes(traits.is_hopper));
+      const int bytes = shared_bytes(traits.is_hopper);
+      traits.error =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      // Such a kernel's data goes through it, and its blocks share what there is.
+      constexpr int kMuch = 48 * 1024;
+      if (traits.error == cudaSuccess && bytes >= kMuch) {
+        traits.error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                            cudaSharedmemCarveoutMaxShared);
+      }
     }
     if (traits.error == cudaSuccess) {
       traits.error = cudaDeviceGetAttribute(&traits.num_multiprocessors,

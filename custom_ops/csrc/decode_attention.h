@@ -38,7 +38,7 @@ struct DecodeAttentionParams {
   void* k_pages;              // [num_pages, num_heads, page_len, head_dim], updated in place
   void* v_pages;              // likewise
   float* k_scales;            // [num_pages, num_heads, page_len] of INT8 pages, else null; likewise
-  float* v_scales;            // likewise; Host only
+  float* v_scales;            // likewise
   const int32_t* page_table;  // [batch, max_pages]
   const int32_t* lengths;     // [batch] tokens in the cache before this one
   const int32_t* num_new;     // [batch] 0 or 1

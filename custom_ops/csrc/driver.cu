@@ -2,13 +2,19 @@
 // alone.
 //
 //   ops_driver check FILE             every case of tests/op_shapes.txt against sums in double,
-//                                     each twice, bit-equal
+//                                     each twice, bit-equal; attention over pages in 16 bits and in
+//                                     INT8, and row by row, bit-equal too
 //   ops_driver token [key=value ...]  one decode step of a model, as often as it takes
 //   ops_driver ops [key=value ...]    each op of a step alone, over the weights and caches of all
 //                                     layers
+//   ops_driver attention [key=value ...]
+//                                     decode_attention alone over the caches of all layers, in bf16
+//                                     and in INT8, at several batches and contexts, or at the rows
+//                                     and context given
 //
 // token and ops take rows, context, capacity, layers, model_dim, ffn_dim, head_dim, vocab, weight
-// (bf16 or int8), graph (0 or 1) and prefetch (0 or 1).
+// (bf16 or int8), cache (bf16 or int8), graph (0 or 1) and prefetch (0 or 1); attention takes rows,
+// context, layers, model_dim, head_dim, graph and prefetch.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -310,7 +316,33 @@ double CheckLinearCase(Case options) {
   return std::max(RelativeError(y_values, expected_y), RelativeError(act_values, expected_act));
 }
 
-double CheckDecodeAttentionCase(Case options) {
+// Keys or values of INT8 pages: rounds heads of `width` values, NaN where there is no token, to
+// integers and a scale each.
+void QuantizeHeads(const std::vector<double>& heads, int64_t width, std::vector<double>* integers,
+                   std::vector<double>* scales) {
+  for (size_t first = 0; first < heads.size(); first += width) {
+    float largest = 0;
+    for (int64_t i = 0; i < width; ++i)
+      largest = std::max(largest, std::abs(static_cast<float>(heads[first + i])));
+    const bool is_poison = std::isnan(heads[first]);
+    const float scale = is_poison ? NAN : largest == 0 ? 1.0f : largest / 127.0f;
+    scales->push_back(scale);
+    for (int64_t i = 0; i < width; ++i) {
+      const float quotient = static_cast<float>(heads[first + i]) / scale;
+      integers->push_back(is_poison ? 127 : Rounded(DataType::kInt8, quotient));
+    }
+  }
+}
+
+std::vector<double> Dequantized(const std::vector<double>& integers,
+                                const std::vector<double>& scales) {
+  const size_t width = integers.size() / scales.size();
+  std::vector<double> values(integers.size());
+  for (size_t i = 0; i < values.size(); ++i) values[i] = integers[i] * scales[i / width];
+  return values;
+}
+
+double CheckDecodeAttentionCase(Case options, bool is_int8) {
   DecodeAttentionParams params = {};
   params.batch = options.Int("batch", 1);
   params.num_heads = options.Int("heads", 1);
@@ -337,6 +369,7 @@ double CheckDecodeAttentionCase(Case options) {
            width;
   };
   const int64_t cache_size = params.num_pages * heads * page_len * width;
+  const DataType pages_type = is_int8 ? DataType::kInt8 : params.dtype;
   std::vector<double> k_start = Poison(cache_size), v_start = Poison(cache_size);
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t head = 0; head < heads; ++head) {
@@ -377,12 +410,29 @@ double CheckDecodeAttentionCase(Case options) {
   const Array partials(DataType::kFloat32, Poison(params.partials_bytes / 4));
   params.partials = static_cast<float*>(partials.device);
 
+  std::vector<double> k_stored, v_stored, k_scale_values, v_scale_values;
+  if (is_int8) {
+    QuantizeHeads(k_start, width, &k_stored, &k_scale_values);
+    QuantizeHeads(v_start, width, &v_stored, &v_scale_values);
+    k_start = Dequantized(k_stored, k_scale_values);
+    v_start = Dequantized(v_stored, v_scale_values);
+  } else {
+    for (double& value : k_start) value = Rounded(params.dtype, value);
+    for (double& value : v_start) value = Rounded(params.dtype, value);
+    k_stored = k_start;
+    v_stored = v_start;
+  }
   std::vector<double> first, act_values, k_values, v_values;
   for (int run = 0; run < 2; ++run) {
-    const Array k_pages(params.dtype, k_start), v_pages(params.dtype, v_start),
+    const Array k_pages(pages_type, k_stored), v_pages(pages_type, v_stored),
+        k_scales(DataType::kFloat32, k_scale_values), v_scales(DataType::kFloat32, v_scale_values),
         act(params.dtype, Poison(batch * params.act_dim));
     params.k_pages = k_pages.device;
     params.v_pages = v_pages.device;
+    if (is_int8) {
+      params.k_scales = static_cast<float*>(k_scales.device);
+      params.v_scales = static_cast<float*>(v_scales.device);
+    }
     params.act = act.device;
     Require(CheckDecodeAttention(params));
     Require(LaunchDecodeAttention(params, nullptr));
@@ -391,13 +441,34 @@ double CheckDecodeAttentionCase(Case options) {
     act_values = act.Read();
     k_values = k_pages.Read();
     v_values = v_pages.Read();
+    if (is_int8) {
+      k_values = Dequantized(k_values, k_scales.Read());
+      v_values = Dequantized(v_values, v_scales.Read());
+    }
     if (run == 0) first = act_values;
+    // The token is in the cache by now, and is written there once more.
+    for (int64_t row = 0; run == 0 && row < batch; ++row) {
+      const Array alone(params.dtype, Poison(params.act_dim));
+      DecodeAttentionParams of_row = params;
+      of_row.batch = 1;
+      of_row.qkv =
+          static_cast<const char*>(params.qkv) + row * 3 * heads * width * SizeOf(params.dtype);
+      of_row.cos += row * half;
+      of_row.sin += row * half;
+      of_row.page_table += row * params.max_pages;
+      of_row.lengths += row;
+      of_row.num_new += row;
+      of_row.act = alone.device;
+      Require(LaunchDecodeAttention(of_row, nullptr));
+      Require(cudaDeviceSynchronize(), "decode_attention of one row");
+      const auto begin = act_values.begin() + row * params.act_dim;
+      if (!BitEqual(alone.Read(), std::vector<double>(begin, begin + params.act_dim)))
+        Fail("row " + std::to_string(row) + " alone differs");
+    }
   }
   if (!BitEqual(first, act_values)) Fail("two runs differ");
   cudaFree(ints);
 
-  for (double& value : k_start) value = Rounded(params.dtype, value);
-  for (double& value : v_start) value = Rounded(params.dtype, value);
   std::vector<double> expected = Poison(batch * params.act_dim);
   const auto rotate = [&](int64_t row, int64_t part, int64_t head) {
     const double* in = qkv.values.data() + ((row * 3 + part) * heads + head) * width;
@@ -409,6 +480,20 @@ double CheckDecodeAttentionCase(Case options) {
     }
     return out;
   };
+  // Half a step and the rounding to dtype before it may be between a head and what INT8 makes of
+  // it, and attention is that of the rounded one.
+  const double ulp = params.dtype == DataType::kFloat16 ? 1.0 / 1024 : 1.0 / 128;
+  const auto append = [&](const std::vector<double>& head, int64_t at,
+                          const std::vector<double>& actual, std::vector<double>* cache) {
+    double largest = 0;
+    for (double value : head) largest = std::max(largest, std::abs(value));
+    for (int64_t d = 0; d < width; ++d) {
+      (*cache)[at + d] = is_int8 ? actual[at + d] : head[d];
+      const double bound = largest / 127 * 0.5001 * (1 + ulp) + ulp * std::abs(head[d]);
+      if (!(std::abs((*cache)[at + d] - head[d]) <= bound))
+        Fail("a new token is not rounded right");
+    }
+  };
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t head = 0; head < heads; ++head) {
       double* out = expected.data() + row * params.act_dim + head * width;
@@ -416,8 +501,8 @@ double CheckDecodeAttentionCase(Case options) {
       if (num_new[row] == 0) continue;
       const std::vector<double> q = rotate(row, 0, head), k_new = rotate(row, 1, head),
                                 v_new = rotate(row, 2, head);
-      std::copy(k_new.begin(), k_new.end(), k_start.begin() + slot(row, head, lengths[row]));
-      std::copy(v_new.begin(), v_new.end(), v_start.begin() + slot(row, head, lengths[row]));
+      append(k_new, slot(row, head, lengths[row]), k_values, &k_start);
+      append(v_new, slot(row, head, lengths[row]), v_values, &v_start);
       std::vector<double> scores(lengths[row] + 1);
       double maximum = -INFINITY, sum = 0;
       for (int64_t key = 0; key <= lengths[row]; ++key) {
@@ -450,19 +535,22 @@ int Check(const std::string& path) {
     Options parsed = ParseOptions(words);
     const bool is_half = parsed["dtype"] == "fp16";
     if (parsed["dtype"] == "fp32") continue;  // for the Host alone
-    double error;
+    // Half an ulp of the results and of what is rounded on the way.
+    const double bound = is_half ? 0.002 : 0.012;
+    const auto report = [&](double error, const char* what) {
+      std::printf("%-10.3g %s%s\n", error, line.c_str(), what);
+      std::fflush(stdout);
+      if (!(error <= bound)) Fail("error above " + std::to_string(bound));
+      ++count;
+    };
     if (op == "linear") {
-      error = CheckLinearCase(Case(parsed));
+      report(CheckLinearCase(Case(parsed)), "");
     } else if (op == "decode_attention") {
-      error = CheckDecodeAttentionCase(Case(parsed));
+      report(CheckDecodeAttentionCase(Case(parsed), false), "");
+      report(CheckDecodeAttentionCase(Case(parsed), true), ", INT8 pages");
     } else {
       Fail("unknown op " + op);
     }
-    // Half an ulp of the results and of what is rounded on the way.
-    const double bound = is_half ? 0.002 : 0.012;
-    std::printf("%-10.3g %s\n", error, line.c_str());
-    if (!(error <= bound)) Fail("error above " + std::to_string(bound));
-    ++count;
   }
   if (count == 0) Fail("no case in " + path);
   std::printf("%d cases passed\n", count);
@@ -551,6 +639,91 @@ double MedianMs(cudaStream_t stream, bool use_graph, int repeats,
   return times[times.size() / 2];
 }
 
+// TB/s of reading these arrays alone.
+double ReadRate(cudaStream_t stream, const std::vector<void*>& arrays, int64_t bytes) {
+  uint32_t* sink;
+  Require(cudaMalloc(&sink, 4), "cudaMalloc");
+  const double ms = MedianMs(stream, false, 15, [&] {
+    for (void* array : arrays)
+      ReadKernel<<<132 * 4, 512, 0, stream>>>(static_cast<uint4*>(array), bytes / 16, sink);
+  });
+  const double rate = bytes * arrays.size() / ms / 1e9;
+  std::printf("read only: %.3f TB/s\n", rate);
+  return rate;
+}
+
+// The attention of a step: its caches, of all layers, and everything else that it takes.
+class AttentionLayers {
+ public:
+  // `context`: tokens of each row, the new one with them. `act`: [rows, act_dim].
+  AttentionLayers(int64_t layers, int64_t rows, int64_t context, int64_t capacity, int64_t heads,
+                  int64_t head_dim, bool is_int8, bool prefetch, void* qkv, void* act,
+                  int64_t act_dim) {
+    constexpr int64_t kPageLen = 64;
+    params_.batch = rows;
+    params_.num_heads = heads;
+    params_.head_dim = head_dim;
+    params_.page_len = kPageLen;
+    params_.max_pages = capacity / kPageLen;
+    params_.num_pages = rows * params_.max_pages + 1;
+    params_.rotary_dim = 64;
+    params_.act_dim = act_dim;
+    params_.dtype = DataType::kBfloat16;
+    params_.prefetch_cache = prefetch;
+    params_.qkv = qkv;
+    params_.act = act;
+    const int64_t num_tokens = params_.num_pages * heads * kPageLen;  // of heads
+    for (int64_t layer = 0; layer < layers * 2; ++layer) {
+      pages_.push_back(Keep(Filled(num_tokens * head_dim * (is_int8 ? 1 : 2), is_int8)));
+      scales_.push_back(is_int8 ? static_cast<float*>(Keep(FilledWith(num_tokens, 0.001f)))
+                                : nullptr);
+    }
+    params_.cos = static_cast<float*>(Keep(FilledWith(rows * 32, 0.6f)));
+    params_.sin = static_cast<float*>(Keep(FilledWith(rows * 32, 0.8f)));
+    std::vector<int32_t> ints(rows * params_.max_pages + 2 * rows, 1);
+    for (int64_t i = 0; i < rows * params_.max_pages; ++i) ints[i] = static_cast<int32_t>(i);
+    for (int64_t row = 0; row < rows; ++row)
+      ints[rows * params_.max_pages + row] = static_cast<int32_t>(context - 1);
+    void* device_ints;
+    Require(cudaMalloc(&device_ints, ints.size() * 4), "cudaMalloc");
+    Require(cudaMemcpy(Keep(device_ints), ints.data(), ints.size() * 4, cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    params_.page_table = static_cast<int32_t*>(device_ints);
+    params_.lengths = params_.page_table + rows * params_.max_pages;
+    params_.num_new = params_.lengths + rows;
+    params_.partials_bytes = DecodeAttentionPartialsBytes(params_);
+    params_.partials = static_cast<float*>(Keep(Filled(params_.partials_bytes)));
+    params_.semaphores = Semaphores();
+    bytes_ = 2.0 * rows * context * heads * (is_int8 ? head_dim + 4 : 2 * head_dim);
+  }
+  AttentionLayers(const AttentionLayers&) = delete;
+  ~AttentionLayers() {
+    for (void* data : kept_) cudaFree(data);
+  }
+
+  void Run(int64_t layer, cudaStream_t stream) {
+    params_.k_pages = pages_[2 * layer];
+    params_.v_pages = pages_[2 * layer + 1];
+    params_.k_scales = scales_[2 * layer];
+    params_.v_scales = scales_[2 * layer + 1];
+    Require(LaunchDecodeAttention(params_, stream));
+  }
+
+  // That a layer reads of its cache.
+  double bytes() const { return bytes_; }
+
+ private:
+  void* Keep(void* data) {
+    kept_.push_back(data);
+    return data;
+  }
+
+  DecodeAttentionParams params_ = {};
+  std::vector<void*> pages_, kept_;
+  std::vector<float*> scales_;
+  double bytes_;
+};
+
 int Time(Case options, bool is_token) {
   const int64_t rows = options.Int("rows", 1), context = options.Int("context", 192);
   const int64_t capacity = options.Int("capacity", (context + 64) / 64 * 64);
@@ -559,42 +732,28 @@ int Time(Case options, bool is_token) {
                 vocab = options.Int("vocab", 64512);
   const int64_t head_dim = options.Int("head_dim", 256), heads = model_dim / head_dim;
   const std::string weight_name = options.Text("weight", "bf16");
+  const std::string cache_name = options.Text("cache", "bf16");
   const bool use_graph = options.Int("graph", 1) != 0;
   const bool prefetch = options.Int("prefetch", 1) != 0;
   options.RequireAllUsed();
   const DataType weight_type = TypeNamed(weight_name);
   const bool is_int8 = weight_type == DataType::kInt8;
+  const bool cache_is_int8 = TypeNamed(cache_name) == DataType::kInt8;
   const int64_t in_outputs = 3 * model_dim + ffn_dim, out_k = model_dim + ffn_dim;
   const int64_t size = SizeOf(weight_type);
 
   cudaStream_t stream;
   Require(cudaStreamCreate(&stream), "stream");
-  std::vector<void*> w_in, w_out, k_pages, v_pages;
-  const int64_t max_pages = capacity / 64, num_pages = rows * max_pages + 1;
-  const int64_t cache_bytes = num_pages * 64 * model_dim * 2;
+  std::vector<void*> w_in, w_out;
   for (int64_t layer = 0; layer < layers; ++layer) {
     w_in.push_back(Filled(in_outputs * model_dim * size, is_int8));
     w_out.push_back(Filled(model_dim * out_k * size, is_int8));
-    k_pages.push_back(Filled(cache_bytes));
-    v_pages.push_back(Filled(cache_bytes));
   }
   void* lm_head = Filled(vocab * model_dim * size, is_int8);
   float* scale = static_cast<float*>(FilledWith(std::max(vocab, in_outputs), 0.0003f));
   void* small = Filled(2 * std::max(vocab, in_outputs));  // LayerNorm's scale and bias, the biases
-  float* cos = static_cast<float*>(FilledWith(rows * 32, 0.6f));
-  float* sin = static_cast<float*>(FilledWith(rows * 32, 0.8f));
   float* x[2] = {static_cast<float*>(FilledWith(rows * model_dim, 0.5f)),
                  static_cast<float*>(FilledWith(rows * model_dim, 0.5f))};
-  std::vector<int32_t> ints(rows * max_pages + 2 * rows);
-  for (int64_t i = 0; i < rows * max_pages; ++i) ints[i] = static_cast<int32_t>(i);
-  for (int64_t row = 0; row < rows; ++row) {
-    ints[rows * max_pages + row] = static_cast<int32_t>(context - 1);
-    ints[rows * max_pages + rows + row] = 1;
-  }
-  int32_t* device_ints;
-  Require(cudaMalloc(&device_ints, ints.size() * 4), "cudaMalloc");
-  Require(cudaMemcpy(device_ints, ints.data(), ints.size() * 4, cudaMemcpyHostToDevice),
-          "cudaMemcpy");
   void* qkv = Filled(rows * 3 * model_dim * 2);
   void* act = Filled(rows * out_k * 2);
   void* h = Filled(rows * model_dim * 2);
@@ -628,32 +787,9 @@ int Time(Case options, bool is_token) {
     params.act = act;
     Require(LaunchLinear(params, stream));
   };
-  DecodeAttentionParams attention = {};
-  attention.batch = rows;
-  attention.num_heads = heads;
-  attention.head_dim = head_dim;
-  attention.page_len = 64;
-  attention.num_pages = num_pages;
-  attention.max_pages = max_pages;
-  attention.rotary_dim = 64;
-  attention.act_dim = out_k;
-  attention.dtype = base.dtype;
-  attention.prefetch_cache = prefetch;
-  attention.qkv = qkv;
-  attention.cos = cos;
-  attention.sin = sin;
-  attention.page_table = device_ints;
-  attention.lengths = device_ints + rows * max_pages;
-  attention.num_new = attention.lengths + rows;
-  attention.act = act;
-  attention.partials_bytes = DecodeAttentionPartialsBytes(attention);
-  attention.partials = static_cast<float*>(Filled(attention.partials_bytes));
-  attention.semaphores = Semaphores();
-  const auto run_attention = [&](int64_t layer) {
-    attention.k_pages = k_pages[layer];
-    attention.v_pages = v_pages[layer];
-    Require(LaunchDecodeAttention(attention, stream));
-  };
+  AttentionLayers attention(layers, rows, context, capacity, heads, head_dim, cache_is_int8,
+                            prefetch, qkv, act, out_k);
+  const auto run_attention = [&](int64_t layer) { attention.Run(layer, stream); };
   const auto run_out = [&](int64_t layer) {
     LinearParams params = base;
     params.num_outputs = params.gelu_from = model_dim;
@@ -678,25 +814,17 @@ int Time(Case options, bool is_token) {
     Require(LaunchLinear(params, stream));
   };
 
-  uint32_t* sink;
-  Require(cudaMalloc(&sink, 4), "cudaMalloc");
-  const int64_t read_bytes = in_outputs * model_dim * size;
-  const double read_ms = MedianMs(stream, false, 15, [&] {
-    for (void* weight : w_in)
-      ReadKernel<<<132 * 4, 512, 0, stream>>>(static_cast<uint4*>(weight), read_bytes / 16, sink);
-  });
-  const double rate = read_bytes * layers / read_ms / 1e9;  // TB/s
-  std::printf("read only: %.3f TB/s\n", rate);
+  const double rate = ReadRate(stream, w_in, in_outputs * model_dim * size);
   const auto report = [&](const char* what, double ms, double bytes, int64_t calls) {
-    std::printf("%-18s rows %3lld context %5lld %s %s: %8.2f us  %6.3f TB/s  %5.1f %%\n", what,
-                static_cast<long long>(rows), static_cast<long long>(context), weight_name.c_str(),
-                use_graph ? "graph " : "stream", ms * 1e3 / calls, bytes / ms / 1e9,
-                100 * bytes / ms / 1e9 / rate);
+    std::printf("%-18s rows %3lld context %5lld %s, cache %s %s: %8.2f us  %6.3f TB/s  %5.1f %%\n",
+                what, static_cast<long long>(rows), static_cast<long long>(context),
+                weight_name.c_str(), cache_name.c_str(), use_graph ? "graph " : "stream",
+                ms * 1e3 / calls, bytes / ms / 1e9, 100 * bytes / ms / 1e9 / rate);
   };
   const double in_bytes = static_cast<double>(in_outputs) * model_dim * size;
   const double out_bytes = static_cast<double>(model_dim) * out_k * size;
   const double head_bytes = static_cast<double>(vocab) * model_dim * size;
-  const double attention_bytes = 2.0 * rows * context * model_dim * 2;
+  const double attention_bytes = attention.bytes();
   if (is_token) {
     const double ms = MedianMs(stream, use_graph, 15, [&] {
       for (int64_t layer = 0; layer < layers; ++layer) {
@@ -729,16 +857,64 @@ int Time(Case options, bool is_token) {
   return 0;
 }
 
+// decode_attention over both kinds of cache.
+int TimeAttention(Case options) {
+  const int64_t layers = options.Int("layers", 28), model_dim = options.Int("model_dim", 4096);
+  const int64_t head_dim = options.Int("head_dim", 256);
+  const int64_t one_rows = options.Int("rows", 0), one_context = options.Int("context", 0);
+  const bool use_graph = options.Int("graph", 1) != 0;
+  const bool prefetch = options.Int("prefetch", 1) != 0;
+  options.RequireAllUsed();
+  cudaStream_t stream;
+  Require(cudaStreamCreate(&stream), "stream");
+  constexpr int64_t kReadBytes = int64_t{256} << 20;
+  std::vector<void*> arrays;
+  for (int i = 0; i < 8; ++i) arrays.push_back(Filled(kReadBytes));
+  const double rate = ReadRate(stream, arrays, kReadBytes);
+  std::vector<int64_t> all_rows = {1, 8, 32, 64}, contexts = {192, 256, 512, 1024};
+  if (one_rows > 0) all_rows = {one_rows};
+  if (one_context > 0) contexts = {one_context};
+  std::printf("rows context | bf16 cache: us, share of the limit | INT8 | speedup\n");
+  for (int64_t rows : all_rows) {
+    void* qkv = Filled(rows * 3 * model_dim * 2);
+    void* act = Filled(rows * model_dim * 2);
+    for (int64_t context : contexts) {
+      double us[2], shares[2];
+      for (int is_int8 = 0; is_int8 < 2; ++is_int8) {
+        AttentionLayers attention(layers, rows, context, (context + 64) / 64 * 64,
+                                  model_dim / head_dim, head_dim, is_int8 != 0, prefetch, qkv, act,
+                                  model_dim);
+        const double ms = MedianMs(stream, use_graph, 15, [&] {
+          for (int64_t layer = 0; layer < layers; ++layer) attention.Run(layer, stream);
+        });
+        us[is_int8] = ms * 1e3 / layers;
+        shares[is_int8] = 100 * attention.bytes() / us[is_int8] / 1e6 / rate;
+      }
+      std::printf("%4lld %7lld | %8.2f %6.1f %% | %8.2f %6.1f %% | %.2f\n",
+                  static_cast<long long>(rows), static_cast<long long>(context), us[0], shares[0],
+                  us[1], shares[1], us[0] / us[1]);
+      std::fflush(stdout);
+    }
+    cudaFree(qkv);
+    cudaFree(act);
+  }
+  RequireSemaphoresZero();
+  return 0;
+}
+
 int Main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "check" && argc == 3) return Check(argv[2]);
-  if (mode == "token" || mode == "ops") {
+  if (mode == "token" || mode == "ops" || mode == "attention") {
     std::string text;
     for (int i = 2; i < argc; ++i) text += std::string(argv[i]) + " ";
     std::istringstream words(text);
-    return Time(Case(ParseOptions(words)), mode == "token");
+    const Case options(ParseOptions(words));
+    return mode == "attention" ? TimeAttention(options) : Time(options, mode == "token");
   }
-  Fail("usage: ops_driver check FILE | token [key=value ...] | ops [key=value ...]");
+  Fail(
+      "usage: ops_driver check FILE | token [key=value ...] | ops [key=value ...] | "
+      "attention [key=value ...]");
 }
 
 }  // namespace

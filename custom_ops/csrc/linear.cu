@@ -1,11 +1,11 @@
 // Decode-sized products on tensor cores, bound by reading the weight once.
 //
 //   work      tiles of 128 outputs x all of K, cut along K into chunks; each block of the grid
-//             takes one share of all chunks in order (stream-K, Osama et al. 2023). A tile that
-//             several blocks share is added up by the one that has its first chunk, in the order
-//             of k. The cuts depend on the weight's shape and the device alone.
+//             takes one share of all chunks in order (stream-K, Osama et al. 2023). Blocks that
+//             share a tile add it up in the order of k, each some of the rows. The cuts depend on
+//             the weight's shape and the device alone.
 //   a chunk   goes through a ring in shared memory. On Hopper one thread fills it with tensor
-//             copies and eight warps multiply; before Hopper the eight warps copy too.
+//             copies and two warpgroups multiply; before Hopper eight warps do both.
 //   launch    a block that has ended makes room for one of the next kernel, which fills its ring
 //             while slower blocks of this kernel, or an attention between the two products, still
 //             run.
@@ -79,59 +79,86 @@ __device__ __forceinline__ OutputTerms LoadOutputTerms(const KernelArgs& args, i
   return terms;
 }
 
-// Calls body(i, m, row) for each of this lane's sums of a tile that are outputs: sum i is output m
-// of row `row`.
-template <int kRowTiles, typename Body>
+// Calls body(i, m, row) for each of this lane's four sums of a tile of rows that are outputs: sum i
+// is output m of row `row`.
+template <typename Body>
 __device__ __forceinline__ void ForEachOutput(const KernelArgs& args, int first_output,
-                                              Body&& body) {
+                                              int row_tile, Body&& body) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int i = 0; i < kRowTiles * 4; ++i) {
-    const int m = first_output + lane / 4 + i % 4 / 2 * 8;
-    const int row = i / 4 * kTileRows + lane % 4 * 2 + i % 2;
+  for (int i = 0; i < 4; ++i) {
+    const int m = first_output + lane / 4 + i / 2 * 8;
+    const int row = row_tile * kTileRows + lane % 4 * 2 + i % 2;
     if (m < args.num_outputs && row < args.rows) body(i, m, row);
   }
 }
 
-template <int kRowTiles>
-__device__ __forceinline__ void LoadResidual(const KernelArgs& args, int first_output,
-                                             float (&residual)[kRowTiles * 4]) {
-  ForEachOutput<kRowTiles>(args, first_output, [&](int i, int m, int row) {
-    residual[i] = args.residual != nullptr && m < args.gelu_from
-                      ? __ldcg(args.residual + static_cast<int64_t>(row) * args.gelu_from + m)
-                      : 0.0f;
-  });
-}
-
-// Writes this warp's outputs of a finished tile.
-template <typename T, int kRowTiles>
-__device__ __forceinline__ void Finish(const KernelArgs& args, int first_output,
-                                       const OutputTerms& terms,
-                                       const float (&residual)[kRowTiles * 4],
-                                       const float (&sums)[kRowTiles][4]) {
-  ForEachOutput<kRowTiles>(args, first_output, [&](int i, int m, int row) {
-    const int half = i % 4 / 2;
-    const float value = sums[i / 4][i % 4] * terms.scale[half] + terms.bias[half] + residual[i];
-    if (m >= args.gelu_from) {
-      const int64_t at =
-          static_cast<int64_t>(row) * args.act_dim + args.act_dim - args.num_outputs + m;
-      static_cast<T*>(args.act)[at] = FromFloat<T>(Gelu(value));
-    } else if (args.is_y_float32) {
-      static_cast<float*>(args.y)[static_cast<int64_t>(row) * args.gelu_from + m] = value;
-    } else {
-      static_cast<T*>(args.y)[static_cast<int64_t>(row) * args.gelu_from + m] = FromFloat<T>(value);
+__device__ __forceinline__ void LoadResidual(const KernelArgs& args, int first_output, int row_tile,
+                                             float (&residual)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) residual[i] = 0.0f;
+  if (args.residual == nullptr) return;
+  ForEachOutput(args, first_output, row_tile, [&](int i, int m, int row) {
+    if (m < args.gelu_from) {
+      residual[i] = __ldcg(args.residual + static_cast<int64_t>(row) * args.gelu_from + m);
     }
   });
 }
 
-// Parts of a tile go from warp to warp: the eight warps of a block need not meet.
-template <int kRowTiles>
-__device__ __forceinline__ float* PartOf(const KernelArgs& args, int share) {
-  return args.partials + static_cast<int64_t>(share) * kRowTiles * 4 * kThreads + threadIdx.x;
-}
-
-__device__ __forceinline__ int32_t* SemaphoreOf(const KernelArgs& args, int share) {
-  return args.semaphores + share * kWarps + threadIdx.x / kWarpSize;
+// Writes this warp's outputs of a finished tile of rows.
+template <typename T>
+__device__ __forceinline__ void Finish(const KernelArgs& args, int first_output, int row_tile,
+                                       const OutputTerms& terms, const float (&residual)[4],
+                                       const float (&sums)[4]) {
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[i] = sums[i] * terms.scale[i / 2] + terms.bias[i / 2] + residual[i];
+  }
+  // Where the warp's outputs are neighbours in one array, which is the rule, they are written
+  // without a branch for each.
+  const int end = first_output + kWarpOutputs;
+  const bool is_gelu = first_output >= args.gelu_from;
+  const bool are_neighbours = end <= args.num_outputs && (is_gelu || end <= args.gelu_from);
+  const int row_length = is_gelu ? args.act_dim : args.gelu_from;
+  const int column = first_output + (is_gelu ? args.act_dim - args.num_outputs : 0);
+  const int lane = threadIdx.x % kWarpSize;
+  if (are_neighbours && !is_gelu && args.is_y_float32) {
+    const int row = row_tile * kTileRows + lane % 4 * 2;
+    float* to =
+        static_cast<float*>(args.y) + static_cast<int64_t>(row) * row_length + column + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (row + i % 2 < args.rows) to[i % 2 * int64_t{row_length} + i / 2 * 8] = values[i];
+    }
+    return;
+  }
+  if (are_neighbours && row_length % 2 == 0 && column % 2 == 0) {
+    // Pairs of 16-bit values: turned so that a lane has two of one row.
+    const int row = row_tile * kTileRows + lane / 4;
+    T* to = static_cast<T*>(is_gelu ? args.act : args.y) + static_cast<int64_t>(row) * row_length +
+            column + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float first = is_gelu ? Gelu(values[half * 2]) : values[half * 2];
+      const float second = is_gelu ? Gelu(values[half * 2 + 1]) : values[half * 2 + 1];
+      const uint32_t pair = TransposeMatrix(Pair<T>::FromFloats(first, second));
+      if (row < args.rows) *reinterpret_cast<uint32_t*>(to + half * 8) = pair;
+    }
+    return;
+  }
+  ForEachOutput(args, first_output, row_tile, [&](int i, int m, int row) {
+    if (m >= args.gelu_from) {
+      const int64_t at =
+          static_cast<int64_t>(row) * args.act_dim + args.act_dim - args.num_outputs + m;
+      static_cast<T*>(args.act)[at] = FromFloat<T>(Gelu(values[i]));
+    } else if (args.is_y_float32) {
+      static_cast<float*>(args.y)[static_cast<int64_t>(row) * args.gelu_from + m] = values[i];
+    } else {
+      static_cast<T*>(args.y)[static_cast<int64_t>(row) * args.gelu_from + m] =
+          FromFloat<T>(values[i]);
+    }
+  });
 }
 
 // The first chunk of a share. The product fits 32 bits, which the launch sees to.
@@ -140,54 +167,126 @@ __device__ __forceinline__ int FirstChunk(const KernelArgs& args, int share) {
                           gridDim.x);
 }
 
-// Hands this warp's part of a tile to the block that finishes it.
-template <int kRowTiles>
-__device__ void SendPart(const KernelArgs& args, int share, const float (&sums)[kRowTiles][4]) {
-  float* part = PartOf<kRowTiles>(args, share);
-#pragma unroll
-  for (int i = 0; i < kRowTiles * 4; ++i) __stcg(part + i * kThreads, sums[i / 4][i % 4]);
-  __syncwarp();  // the release below covers what the other lanes have written
-  if (threadIdx.x % kWarpSize == 0) {
-    asm volatile("st.release.gpu.global.s32 [%0], 1;\n" ::"l"(SemaphoreOf(args, share)) : "memory");
-  }
-}
+// The shares that have parts of a tile, and which of its rows a share adds up and finishes. Where
+// parts are the last of their shares, so that all of those end at the same time, each takes some of
+// the rows; a share that goes on with another tile leaves its part to them.
+struct TileShares {
+  int first;
+  int last;
+  int num_finishers;  // the first of them
 
-// Adds this warp's parts of the shares after `share` that begin before chunk `tile_end`, in order,
-// and leaves their semaphores zero.
-template <int kRowTiles>
-__device__ void ReceiveParts(const KernelArgs& args, int share, int tile_end,
-                             float (&sums)[kRowTiles][4]) {
-  int last = share;
-  while (last + 1 < static_cast<int>(gridDim.x) && FirstChunk(args, last + 1) < tile_end) ++last;
-  for (int other = share + 1 + static_cast<int>(threadIdx.x) % kWarpSize; other <= last;
-       other += kWarpSize) {
-    int32_t* semaphore = SemaphoreOf(args, other);
-    int is_there = 0;
-    while (is_there == 0) {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n"
-                   : "=r"(is_there)
-                   : "l"(semaphore)
-                   : "memory");
-    }
-    *semaphore = 0;
+  __device__ __forceinline__ TileShares(const KernelArgs& args, int share, int tile_begin)
+      : first(share), last(share) {
+    const int tile_end = tile_begin + args.chunks_per_tile;
+    while (FirstChunk(args, first) > tile_begin) --first;
+    while (FirstChunk(args, last + 1) < tile_end) ++last;
+    const bool ends_there = FirstChunk(args, last + 1) == tile_end;
+    num_finishers = max(last - first + (ends_there ? 1 : 0), 1);
   }
-  __syncwarp();
-  constexpr int kTogether = kRowTiles >= 4 ? 1 : 4 / kRowTiles;  // parts that are read at once
-  for (int first = share + 1; first <= last; first += kTogether) {
-    float values[kTogether][kRowTiles * 4];
-#pragma unroll
-    for (int p = 0; p < kTogether; ++p) {
+
+  template <int kRowTiles>
+  __device__ __forceinline__ int FirstRowTile(int share) const {
+    return kRowTiles * min(share - first, num_finishers) / num_finishers;
+  }
+};
+
+// Where a share leaves its part of a tile, and the semaphore that tells of it: one place for the tile
+// that it begins with and one for the tile that it begins. Parts go from warp to warp: the eight
+// warps of a block need not meet.
+struct PartPlace {
+  int index;
+
+  __device__ __forceinline__ PartPlace(const TileShares& shares, int share)
+      : index(share * 2 + (share == shares.first ? 1 : 0)) {}
+
+  template <int kRowTiles>
+  __device__ __forceinline__ float* Sums(const KernelArgs& args) const {
+    return args.partials + static_cast<int64_t>(index) * kRowTiles * 4 * kThreads + threadIdx.x;
+  }
+  __device__ __forceinline__ int32_t* Semaphore(const KernelArgs& args) const {
+    return args.semaphores + index * kWarps + threadIdx.x / kWarpSize;
+  }
+};
+
+// Adds up and writes this warp's outputs of a tile, or of those of its rows that are this share's.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void FinishTile(const KernelArgs& args, int share,
+                                           const TileShares& shares, int first_output,
+                                           const OutputTerms& terms, float (&sums)[kRowTiles * 4]) {
+  const int begin = shares.FirstRowTile<kRowTiles>(share);
+  const int end = shares.FirstRowTile<kRowTiles>(share + 1);
+  if (shares.first < shares.last) {
+    // What others finish of this part: they wait until it is there.
+    const int num_readers = min(shares.num_finishers, kRowTiles) - (begin < end ? 1 : 0);
+    if (end - begin < kRowTiles) {
+      float* part = PartPlace(shares, share).Sums<kRowTiles>(args);
 #pragma unroll
       for (int i = 0; i < kRowTiles * 4; ++i) {
-        values[p][i] =
-            first + p <= last ? __ldcg(PartOf<kRowTiles>(args, first + p) + i * kThreads) : 0.0f;
+        if (i / 4 < begin || i / 4 >= end) __stcg(part + i * kThreads, sums[i]);
+      }
+    }
+    __syncwarp();  // the release below covers what the other lanes have written
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0 && num_readers > 0) {
+      asm volatile(
+          "st.release.gpu.global.s32 [%0], %1;\n" ::"l"(PartPlace(shares, share).Semaphore(args)),
+          "r"(num_readers)
+          : "memory");
+    }
+    if (begin == end) return;
+    for (int other = shares.first + lane; other <= shares.last; other += kWarpSize) {
+      if (other == share) continue;
+      int32_t* semaphore = PartPlace(shares, other).Semaphore(args);
+      int is_there = 0;
+      while (is_there == 0) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n"
+                     : "=r"(is_there)
+                     : "l"(semaphore)
+                     : "memory");
+      }
+      asm volatile("red.relaxed.gpu.global.add.s32 [%0], -1;\n" ::"l"(semaphore) : "memory");
+    }
+    __syncwarp();
+    float totals[kRowTiles * 4] = {};
+    constexpr int kTogether = kRowTiles >= 4 ? 2 : 8 / kRowTiles;  // parts that are read at once
+    for (int other = shares.first; other <= shares.last; other += kTogether) {
+      float values[kTogether][kRowTiles * 4];
+#pragma unroll
+      for (int p = 0; p < kTogether; ++p) {
+        const float* part = PartPlace(shares, other + p).Sums<kRowTiles>(args);
+        const bool is_other = other + p <= shares.last && other + p != share;
+#pragma unroll
+        for (int i = 0; i < kRowTiles * 4; ++i) {
+          values[p][i] = is_other && i / 4 >= begin && i / 4 < end ? __ldcg(part + i * kThreads)
+                         : other + p == share                      ? sums[i]
+                                                                   : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < kTogether; ++p) {
+#pragma unroll
+        for (int i = 0; i < kRowTiles * 4; ++i) totals[i] += values[p][i];
       }
     }
 #pragma unroll
-    for (int p = 0; p < kTogether; ++p) {
-      if (first + p > last) break;
+    for (int i = 0; i < kRowTiles * 4; ++i) sums[i] = totals[i];
+  }
+  constexpr int kResiduals = kRowTiles >= 4 ? 4 : kRowTiles;  // tiles of rows read at once
 #pragma unroll
-      for (int i = 0; i < kRowTiles * 4; ++i) sums[i / 4][i % 4] += values[p][i];
+  for (int first = 0; first < kRowTiles; first += kResiduals) {
+    float residual[kResiduals][4];
+#pragma unroll
+    for (int i = 0; i < kResiduals; ++i) {
+      if (first + i >= begin && first + i < end) {
+        LoadResidual(args, first_output, first + i, residual[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kResiduals; ++i) {
+      if (first + i >= begin && first + i < end) {
+        const float (&of_tile)[4] = *reinterpret_cast<const float (*)[4]>(&sums[(first + i) * 4]);
+        Finish<T>(args, first_output, first + i, terms, residual[i], of_tile);
+      }
     }
   }
 }
@@ -235,10 +334,8 @@ __device__ void Produce(const KernelArgs& args, uint32_t ring, uint32_t full, ui
     BarrierArriveExpecting(barrier, Ring::kStageBytes);
 #pragma unroll
     for (int box = 0; box < Ring::kWeightBoxes; ++box) {
-      const int k =
-          at.in_tile * Ring::kChunkK + box * (kBoxRowBytes / static_cast<int>(sizeof(Weight)));
-      CopyBox(ring + stage.offset() + box * kWeightBoxBytes, args.weight_map, k,
-              at.tile * kTileOutputs, barrier);
+      CopyBox(ring + stage.offset() + box * kWeightBoxBytes, args.weight_map,
+              at.in_tile * Ring::kChunkK + box * kBoxK<Weight>, at.tile * kTileOutputs, barrier);
     }
   };
   const auto copy_activations = [&](const Cursor& at) {
@@ -310,9 +407,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using Ring = DeviceRing<Weight, kRowTiles>;
   const uint32_t ring =
       (SharedAddress(shared) + kRingAlignment - 1) / kRingAlignment * kRingAlignment;
-  // The last share goes to the first block: a block waits only for later shares, so for blocks of
-  // a lower index, which in practice are dispatched before it.
-  const int share = gridDim.x - 1 - blockIdx.x;
+  const int warp = Uniform(static_cast<int>(threadIdx.x) / kWarpSize);
+  const int share = blockIdx.x;
   const int begin = FirstChunk(args, share);
   const int end = FirstChunk(args, share + 1);
 
@@ -329,11 +425,15 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   }
   __syncthreads();
-  if (threadIdx.x >= kThreads) {
+  if (warp == kWarps) {
     if (threadIdx.x == kThreads) Produce<Weight, kRowTiles>(args, ring, full, empty, begin, end);
     return;
   }
   WaitForDependency();  // before anything is written
+  // What this warp has multiplied may be overwritten.
+  const auto release = [&](int stage) {
+    if (threadIdx.x % kWarpSize == 0) BarrierArrive(empty + stage * 8);
+  };
 #else
   constexpr int kAhead = Ring::kStages - 1;
   Cursor fetch(args, begin);
@@ -344,46 +444,53 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   }
 #endif
 
-  float sums[kRowTiles][4] = {};
-  Cursor at(args, begin);
   RingCursor<Ring> stage;
-  for (int chunk = begin; chunk < end; ++chunk) {
-    const bool is_part_end = at.in_tile == args.chunks_per_tile - 1 || chunk == end - 1;
-    const int first_output =
-        at.tile * kTileOutputs + static_cast<int>(threadIdx.x) / kWarpSize * kWarpOutputs;
-    OutputTerms terms;
-    if (is_part_end) terms = LoadOutputTerms<T, Weight>(args, first_output);
-#if __CUDA_ARCH__ >= 900
-    BarrierWait(full + stage.index * 8, stage.parity);
-    MultiplyChunk<T, Weight, kRowTiles>(ring + stage.offset(), sums);
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) BarrierArrive(empty + stage.index * 8);
-#else
-    CopyAsyncWait<kAhead - 1>();
-    __syncthreads();  // the chunk is there, and the stage of the one before is free
-    if (chunk + kAhead < end) {
-      const int free_stage = stage.index == 0 ? kAhead : stage.index - 1;
-      CopyChunk<T, Weight, kRowTiles>(args, ring + free_stage * Ring::kStageBytes, fetch);
-      fetch.Advance(args);
-    }
-    CopyAsyncCommit();
-    MultiplyChunk<T, Weight, kRowTiles>(ring + stage.offset(), sums);
-#endif
-    stage.Advance();
-
+  for (int chunk = begin; chunk < end;) {  // a part of a tile each
+    const Cursor at(args, chunk);
     const int tile_begin = chunk - at.in_tile;
-    at.Advance(args);
-    if (!is_part_end) continue;
-    if (tile_begin < begin) {
-      SendPart<kRowTiles>(args, share, sums);
-    } else {
-      float residual[kRowTiles * 4];
-      LoadResidual<kRowTiles>(args, first_output, residual);
-      ReceiveParts<kRowTiles>(args, share, tile_begin + args.chunks_per_tile, sums);
-      Finish<T, kRowTiles>(args, first_output, terms, residual, sums);
+    const int num_chunks = min(end, tile_begin + args.chunks_per_tile) - chunk;
+    const int first_output = at.tile * kTileOutputs + warp * kWarpOutputs;
+    const OutputTerms terms = LoadOutputTerms<T, Weight>(args, first_output);
+    const TileShares shares(args, share, tile_begin);
+    float sums[kRowTiles * 4] = {};
+#if __CUDA_ARCH__ == 900
+    Operands<Weight> operands;
+    int last = 0;
+    for (int i = 0; i < num_chunks; ++i) {
+      BarrierWait(full + stage.index * 8, stage.parity);
+      StartMultiply<T, Weight, kRowTiles>(ring + stage.offset(), operands, sums);
+      if (i > 0) release(last);
+      last = stage.index;
+      stage.Advance();
     }
-#pragma unroll
-    for (int i = 0; i < kRowTiles * 4; ++i) sums[i / 4][i % 4] = 0.0f;
+    WgmmaWait<0>();
+    WgmmaKeep(sums);
+    release(last);
+#elif __CUDA_ARCH__ > 900
+    for (int i = 0; i < num_chunks; ++i) {
+      BarrierWait(full + stage.index * 8, stage.parity);
+      MultiplyChunk<T, Weight, kRowTiles>(ring + stage.offset(), sums);
+      __syncwarp();
+      release(stage.index);
+      stage.Advance();
+    }
+#else
+    for (int i = 0; i < num_chunks; ++i) {
+      CopyAsyncWait<kAhead - 1>();
+      __syncthreads();  // the chunk is there, and the stage of the one before is free
+      if (chunk + i + kAhead < end) {
+        const int free_stage = stage.index == 0 ? kAhead : stage.index - 1;
+        CopyChunk<T, Weight, kRowTiles>(args, ring + free_stage * Ring::kStageBytes, fetch);
+        fetch.Advance(args);
+      }
+      CopyAsyncCommit();
+      MultiplyChunk<T, Weight, kRowTiles>(ring + stage.offset(), sums);
+      stage.Advance();
+    }
+#endif
+
+    FinishTile<T, kRowTiles>(args, share, shares, first_output, terms, sums);
+    chunk += num_chunks;
   }
 }
 
@@ -461,7 +568,7 @@ const char* LaunchForType(const LinearParams& params, cudaStream_t stream) {
 
 int64_t LinearPartialsBytes(int64_t rows) {
   const int64_t padded = rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
-  return kMaxGrid * kTileOutputs * padded * static_cast<int64_t>(sizeof(float));
+  return 2 * kMaxGrid * kTileOutputs * padded * static_cast<int64_t>(sizeof(float));
 }
 
 const char* LaunchLinear(const LinearParams& params, void* stream) {

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cuda_common.cuh"
+#include "wgmma.cuh"
 
 namespace kogpt {
 
@@ -19,19 +20,23 @@ inline constexpr int kWarpOutputs = 16;  // of one m16n8k16
 inline constexpr int kTileOutputs = kLinearWarps * kWarpOutputs;
 inline constexpr int kTileRows = 8;
 
-// A chunk is boxes of 128 bytes of each row: of the weight, on Hopper two of them so that device
-// memory is read in pieces of 256 bytes, and of the activations that meet it.
+// A box is 128 bytes of each of its rows, swizzled: of the weight's for a block's outputs, or of the
+// activations.
 inline constexpr int kBoxRowBytes = 128;
 inline constexpr int kWeightBoxBytes = kTileOutputs * kBoxRowBytes;
 inline constexpr int kRingAlignment = 1024;  // of a swizzled box
+template <typename Weight>
+inline constexpr int kBoxK = kBoxRowBytes / static_cast<int>(sizeof(Weight));
 
-// Sizes of the ring. On Hopper it takes nearly all shared memory of a multiprocessor: what is under
+// Sizes of the ring, whose stages hold a chunk each: of 16-bit weights on Hopper two boxes, so that
+// device memory is read in pieces of 256 bytes of a row, and of INT8 ones a box, which takes as long
+// to multiply. On Hopper the ring takes nearly all shared memory of a multiprocessor: what is under
 // way there goes on coming while the next kernel's blocks start. 96 KiB fit every GPU from compute
 // capability 8.0 on.
 template <typename Weight, int kRowTiles, bool kIsHopper>
 struct Ring {
-  static constexpr int kWeightBoxes = kIsHopper ? 2 : 1;
-  static constexpr int kChunkK = kWeightBoxes * kBoxRowBytes / static_cast<int>(sizeof(Weight));
+  static constexpr int kWeightBoxes = kIsHopper && sizeof(Weight) > 1 ? 2 : 1;
+  static constexpr int kChunkK = kWeightBoxes * kBoxK<Weight>;
   static constexpr int kActivationBoxes = kChunkK * 2 / kBoxRowBytes;
   static constexpr int kActivationBoxBytes = kRowTiles * kTileRows * kBoxRowBytes;
   static constexpr int kStageBytes =
@@ -51,37 +56,6 @@ inline constexpr bool kOnHopper = false;
 template <typename Weight, int kRowTiles>
 using DeviceRing = Ring<Weight, kRowTiles, kOnHopper>;
 
-// Eight INT8 values as pairs of 16-bit numbers, exactly; their scale is applied to the sum.
-template <typename T>
-struct Widened {
-  uint32_t words[4];
-
-  __device__ __forceinline__ Widened(uint32_t low, uint32_t high) {
-    const uint32_t bytes[2] = {low, high};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t selector =
-          i % 2 == 0 ? 0x4140 : 0x4342;  // each value below the constant's byte
-      if constexpr (std::is_same_v<T, __half>) {
-        // 0x6400 + u is 1024 + u; u = value + 128.
-        const uint32_t raised = __byte_perm(bytes[i / 2] ^ 0x80808080u, 0x64646464u, selector);
-        const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised),
-                                     __half2(__half_raw{0x6480}, __half_raw{0x6480}));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        // 0x4300 + u is 128 + u for seven bits u; the eighth bit, as the sign, turns the 128 to
-        // subtract into 256.
-        const uint32_t raised = __byte_perm(bytes[i / 2], 0x43434343u, selector);
-        const uint32_t low = raised & 0xff7fff7fu;
-        const uint32_t offset = raised & 0xff80ff80u;
-        const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&low),
-                                            *reinterpret_cast<const __nv_bfloat162*>(&offset));
-        words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-      }
-    }
-  }
-};
-
 // Where piece `piece` (16 bytes) of row `row` lies in a box.
 __device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
   return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
@@ -96,6 +70,12 @@ __device__ __forceinline__ uint4 LoadShared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t LoadShared32(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
   uint4 value;
@@ -106,12 +86,73 @@ __device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
   return value;
 }
 
+#if __CUDA_ARCH__ == 900
+// What a warpgroup is multiplying.
+template <typename Weight>
+struct Operands {};
+template <>
+struct Operands<int8_t> {
+  uint32_t a[2][4][4];  // 64 k in use, the next 64 being loaded
+};
+
+// sums += the products of the chunk in the stage at `stage`, of which the last may still be under way
+// when it returns: those of the stage before have ended.
+template <typename T, typename Weight, int kRowTiles>
+__device__ __forceinline__ void StartMultiply(uint32_t stage, Operands<Weight>& operands,
+                                              float (&sums)[kRowTiles * 4]) {
+  using Ring = DeviceRing<Weight, kRowTiles>;
+  constexpr int kColumns = kRowTiles * kTileRows;
+  const uint32_t activations = stage + Ring::kWeightBoxes * kWeightBoxBytes;
+  const auto activations_at = [&](int step) {  // 16 k each
+    return DescribeAlongK(activations + step / 4 * Ring::kActivationBoxBytes + step % 4 * 32);
+  };
+  if constexpr (sizeof(Weight) == 2) {
+    const int group = Uniform(static_cast<int>(threadIdx.x) / 128);
+    const uint32_t weights = stage + group * 64 * kBoxRowBytes;
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < Ring::kWeightBoxes * 4; ++step) {
+      WgmmaShared<T, kColumns>::Run(
+          sums, DescribeAlongK(weights + step / 4 * kWeightBoxBytes + step % 4 * 32),
+          activations_at(step), true);
+    }
+    WgmmaCommit();
+    WgmmaWait<1>();
+  } else {
+    const int lane = threadIdx.x % kWarpSize;
+    const int row = threadIdx.x / kWarpSize * kWarpOutputs + lane / 4;
+    // Of 16 bytes of a row lane t of four needs 2 t, 2 t + 1 and those 8 further on.
+    const uint32_t first = stage + PieceOffset(row, 0) + lane % 4 / 2 * 4;
+    const uint32_t selector = lane % 2 == 0 ? 0x4140 : 0x4342;
+#pragma unroll
+    for (int part = 0; part < Ring::kWeightBoxes * 2; ++part) {
+      WgmmaWait<1>();  // the products that use these registers
+      uint32_t (&a)[4][4] = operands.a[part % 2];
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const uint32_t at = (first + part / 2 * kWeightBoxBytes) ^ ((part % 2 * 4 + step) * 16);
+        a[step][0] = WidenPair<T>(LoadShared32(at), selector);
+        a[step][1] = WidenPair<T>(LoadShared32(at + 8 * kBoxRowBytes), selector);
+        a[step][2] = WidenPair<T>(LoadShared32(at + 8), selector);
+        a[step][3] = WidenPair<T>(LoadShared32(at + 8 * kBoxRowBytes + 8), selector);
+      }
+      WgmmaFence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        WgmmaRegistersAlongK<T, kColumns>::Run(sums, a[step], activations_at(part * 4 + step));
+      }
+      WgmmaCommit();
+    }
+  }
+}
+#endif
+
 // What a lane multiplies in one step is 32 k of 16 outputs' weights and of all rows' activations.
 // 16-bit weights and their activations come as the instruction names them. Of 64 INT8 weights of a
 // row lane t takes 16 neighbouring ones instead, for two steps, and the activations that belong to
 // them: a sum may visit k in any order.
 template <typename Weight>
-constexpr int kStepsPerBox = kBoxRowBytes / static_cast<int>(sizeof(Weight)) / 32;
+constexpr int kStepsPerBox = kBoxK<Weight> / 32;
 
 template <typename Weight>
 __device__ __forceinline__ void LoadWeights(uint32_t stage, int step, uint4 (&weights)[2]) {
@@ -152,7 +193,7 @@ __device__ __forceinline__ void LoadActivations(uint32_t stage, int step, uint4 
 template <typename T, typename Weight, int kRowTiles, int kStep>
 __device__ __forceinline__ void MultiplySteps(uint32_t stage, uint4 (&weights)[2][2],
                                               uint4 (&x)[2][kRowTiles],
-                                              float (&sums)[kRowTiles][4]) {
+                                              float (&sums)[kRowTiles * 4]) {
   constexpr int kSteps = DeviceRing<Weight, kRowTiles>::kWeightBoxes * kStepsPerBox<Weight>;
   constexpr int kStepsPerLoad = sizeof(Weight) == 1 ? 2 : 1;
   constexpr int kNext = kStep + 1;
@@ -182,17 +223,17 @@ __device__ __forceinline__ void MultiplySteps(uint32_t stage, uint4 (&weights)[2
   }
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    MultiplyAdd<T>(sums[row_tile], a[0], x[kStep % 2][row_tile].x, x[kStep % 2][row_tile].y);
+    MultiplyAdd<T>(&sums[row_tile * 4], a[0], x[kStep % 2][row_tile].x, x[kStep % 2][row_tile].y);
   }
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    MultiplyAdd<T>(sums[row_tile], a[1], x[kStep % 2][row_tile].z, x[kStep % 2][row_tile].w);
+    MultiplyAdd<T>(&sums[row_tile * 4], a[1], x[kStep % 2][row_tile].z, x[kStep % 2][row_tile].w);
   }
   if constexpr (kNext < kSteps) MultiplySteps<T, Weight, kRowTiles, kNext>(stage, weights, x, sums);
 }
 
 template <typename T, typename Weight, int kRowTiles>
-__device__ __forceinline__ void MultiplyChunk(uint32_t stage, float (&sums)[kRowTiles][4]) {
+__device__ __forceinline__ void MultiplyChunk(uint32_t stage, float (&sums)[kRowTiles * 4]) {
   uint4 weights[2][2], x[2][kRowTiles];
   LoadWeights<Weight>(stage, 0, weights[0]);
   LoadActivations<Weight>(stage, 0, x[0]);

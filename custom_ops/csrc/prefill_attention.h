@@ -17,9 +17,10 @@ inline constexpr int64_t kPrefillAttentionMaxRows = 1024;
 // them, at token t = begins[b] + i, has position p = lengths[b] + i, and for each head n:
 //   q, k: the first rotary_dim values of each head rotated, neighbours (2i, 2i + 1) by the angle of
 //         (cos, sin)[t, i], rounded to dtype
-//   k and v are written to the row's page page_table[b, p / page_len] at offset p % page_len
+//   k and v are written to the row's page page_table[b, p / page_len] at offset p % page_len; into
+//         INT8 pages rounded once more, each head with the scale max |.| / 127
 //   act[t, n * head_dim + h] = sum_j softmax_j(q . k_j / sqrt(head_dim)) v_jh over j = 0 .. p
-//         softmax in f32
+//         softmax in f32; k_j and v_j are those of the pages
 // Tokens of no row, and cache slots beside the new tokens, stay as they are.
 struct PrefillAttentionParams {
   int64_t total_tokens;
@@ -31,14 +32,17 @@ struct PrefillAttentionParams {
   int64_t max_pages;   // pages in a row of the table
   int64_t max_new;     // no row has more new tokens
   int64_t rotary_dim;  // even, at most head_dim; may be 0
+  int64_t qkv_dim;     // row length of `qkv`, at least 3 * num_heads * head_dim; a multiple of 8
   int64_t act_dim;     // row length of `act`, at least num_heads * head_dim
-  DataType dtype;      // of qkv, the pages and act
+  DataType dtype;      // of qkv, act and, without scales, the pages
 
-  const void* qkv;            // [total_tokens, 3, num_heads, head_dim]
-  const float* cos;           // [total_tokens, rotary_dim / 2]
-  const float* sin;           // [total_tokens, rotary_dim / 2]
-  void* k_pages;              // [num_pages, num_heads, page_len, head_dim], updated in place
-  void* v_pages;              // likewise
+  const void* qkv;   // [total_tokens, qkv_dim]: q, k and v, each [num_heads, head_dim], come first
+  const float* cos;  // [total_tokens, rotary_dim / 2]
+  const float* sin;  // [total_tokens, rotary_dim / 2]
+  void* k_pages;     // [num_pages, num_heads, page_len, head_dim], updated in place
+  void* v_pages;     // likewise
+  float* k_scales;   // [num_pages, num_heads, page_len] of INT8 pages; null otherwise
+  float* v_scales;   // likewise
   const int32_t* page_table;  // [batch, max_pages]
   const int32_t* begins;      // [batch]
   const int32_t* num_new;     // [batch]

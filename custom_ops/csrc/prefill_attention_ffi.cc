@@ -9,19 +9,23 @@ namespace kogpt {
 namespace {
 
 ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer sin, Buffer k_pages,
-                                Buffer v_pages, Buffer page_table, Buffer begins, Buffer num_new,
-                                Buffer lengths, Buffer act, ResultBuffer act_out,
-                                ResultBuffer k_pages_out, ResultBuffer v_pages_out,
-                                ResultBuffer tiles, int64_t max_new) {
+                                Buffer k_scales, Buffer v_pages, Buffer v_scales, Buffer page_table,
+                                Buffer begins, Buffer num_new, Buffer lengths, Buffer act,
+                                ResultBuffer act_out, ResultBuffer k_pages_out,
+                                ResultBuffer k_scales_out, ResultBuffer v_pages_out,
+                                ResultBuffer v_scales_out, ResultBuffer tiles, int64_t max_new) {
   Checks check("kogpt_prefill_attention");
-  check.Dtype("k_pages", k_pages, {ffi::F16, ffi::BF16});
+  check.Dtype("qkv", qkv, {ffi::F16, ffi::BF16});
   check.Rank("k_pages", k_pages, 4);
   check.Rank("page_table", page_table, 2);
   check.Rank("cos", cos, 2);
   check.Rank("act", act, 2);
+  check.Rank("qkv", qkv, 2);
   if (check.failed()) return check.error();
 
-  const ffi::DataType dtype = k_pages.element_type();
+  const ffi::DataType dtype = qkv.element_type();
+  const ffi::DataType pages_dtype = k_pages.element_type();
+  const bool is_int8 = pages_dtype == ffi::S8;
   const int64_t num_pages = k_pages.dimensions()[0];
   const int64_t num_heads = k_pages.dimensions()[1];
   const int64_t page_len = k_pages.dimensions()[2];
@@ -32,14 +36,27 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   const int64_t total_tokens = act.dimensions()[0];
   const int64_t act_dim = act.dimensions()[1];
 
-  check.Dtype("qkv", qkv, {dtype});
-  check.Shape("qkv", qkv, {total_tokens, 3 * num_heads * head_dim});
+  check.Dtype("k_pages", k_pages, {dtype, ffi::S8});
+  const int64_t qkv_dim = qkv.dimensions()[1];
+  const int64_t needed = 3 * num_heads * head_dim;  // or more columns, so that rows stay aligned
+  check.Shape("qkv", qkv, {total_tokens, qkv_dim > needed && qkv_dim % 8 == 0 ? qkv_dim : needed});
   check.Dtype("cos", cos, {ffi::F32});
   check.Shape("cos", cos, {total_tokens, half_rotary_dim});
   check.Dtype("sin", sin, {ffi::F32});
   check.Shape("sin", sin, {total_tokens, half_rotary_dim});
-  check.Dtype("v_pages", v_pages, {dtype});
+  check.Dtype("v_pages", v_pages, {pages_dtype});
   check.Shape("v_pages", v_pages, {num_pages, num_heads, page_len, head_dim});
+  // A scale a token and head, or the shape [0].
+  const auto check_scales = [&](const char* name, const Buffer& scales) {
+    check.Dtype(name, scales, {ffi::F32});
+    if (is_int8) {
+      check.Shape(name, scales, {num_pages, num_heads, page_len, 1});
+    } else {
+      check.Shape(name, scales, {0});
+    }
+  };
+  check_scales("k_scales", k_scales);
+  check_scales("v_scales", v_scales);
   check.Dtype("page_table", page_table, {ffi::S32});
   check.Dtype("begins", begins, {ffi::S32});
   check.Shape("begins", begins, {batch});
@@ -52,12 +69,18 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   check.Dtype("result act", *act_out, {dtype});
   check.Shape("result act", *act_out, {total_tokens, act_dim});
   check.Aliased("act", act, *act_out);
-  check.Dtype("result k_pages", *k_pages_out, {dtype});
+  check.Dtype("result k_pages", *k_pages_out, {pages_dtype});
   check.Shape("result k_pages", *k_pages_out, {num_pages, num_heads, page_len, head_dim});
   check.Aliased("k_pages", k_pages, *k_pages_out);
-  check.Dtype("result v_pages", *v_pages_out, {dtype});
+  check.Dtype("result v_pages", *v_pages_out, {pages_dtype});
   check.Shape("result v_pages", *v_pages_out, {num_pages, num_heads, page_len, head_dim});
   check.Aliased("v_pages", v_pages, *v_pages_out);
+  check_scales("result k_scales", *k_scales_out);
+  check_scales("result v_scales", *v_scales_out);
+  if (is_int8) {
+    check.Aliased("k_scales", k_scales, *k_scales_out);
+    check.Aliased("v_scales", v_scales, *v_scales_out);
+  }
   check.Dtype("result tiles", *tiles, {ffi::S32});
   check.Rank("result tiles", *tiles, 2);
   if (check.failed()) return check.error();
@@ -72,6 +95,7 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   params.max_pages = max_pages;
   params.max_new = max_new;
   params.rotary_dim = 2 * half_rotary_dim;
+  params.qkv_dim = qkv_dim;
   params.act_dim = act_dim;
   params.dtype = *ToDataType(dtype);
   params.qkv = DataOrNull<const void>(qkv);
@@ -79,6 +103,8 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   params.sin = DataOrNull<const float>(sin);
   params.k_pages = DataOrNull<void>(*k_pages_out);
   params.v_pages = DataOrNull<void>(*v_pages_out);
+  params.k_scales = DataOrNull<float>(*k_scales_out);
+  params.v_scales = DataOrNull<float>(*v_scales_out);
   params.page_table = DataOrNull<const int32_t>(page_table);
   params.begins = DataOrNull<const int32_t>(begins);
   params.num_new = DataOrNull<const int32_t>(num_new);
@@ -111,7 +137,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PrefillAttention, kogpt::PrefillAttentionImpl,
                                   .Arg<kogpt::Buffer>()  // cos
                                   .Arg<kogpt::Buffer>()  // sin
                                   .Arg<kogpt::Buffer>()  // k_pages
+                                  .Arg<kogpt::Buffer>()  // k_scales
                                   .Arg<kogpt::Buffer>()  // v_pages
+                                  .Arg<kogpt::Buffer>()  // v_scales
                                   .Arg<kogpt::Buffer>()  // page_table
                                   .Arg<kogpt::Buffer>()  // begins
                                   .Arg<kogpt::Buffer>()  // num_new
@@ -119,7 +147,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PrefillAttention, kogpt::PrefillAttentionImpl,
                                   .Arg<kogpt::Buffer>()  // act
                                   .Ret<kogpt::Buffer>()  // act, aliased
                                   .Ret<kogpt::Buffer>()  // k_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // k_scales, aliased
                                   .Ret<kogpt::Buffer>()  // v_pages, aliased
+                                  .Ret<kogpt::Buffer>()  // v_scales, aliased
                                   .Ret<kogpt::Buffer>()  // tiles: scratch
                                   .Attr<int64_t>("max_new"),
                               kogpt::kHandlerTraits);

@@ -82,13 +82,6 @@ struct Sum {
   __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
 };
 
-// Of magnitudes. As integers, because NaN is then above infinity, not left out.
-struct Largest {
-  __device__ __forceinline__ float operator()(float a, float b) const {
-    return __uint_as_float(max(__float_as_uint(a), __float_as_uint(b)));
-  }
-};
-
 // The threads' values combined, in an order that only the number of threads decides.
 template <class Combine>
 __device__ __forceinline__ float Reduce(float value, Combine combine, float* shared) {
@@ -109,39 +102,6 @@ __device__ __forceinline__ float Reduce(float value, Combine combine, float* sha
   }
   return value;
 }
-
-// Divides by the scale and rounds four values to bytes.
-class Rounding {
- public:
-  __device__ __forceinline__ explicit Rounding(float scale)
-      : scale_(scale), inverse_(1.0f / scale), is_normal_(scale > 0x1p-100f) {}
-
-  __device__ __forceinline__ uint32_t Round4(const float* values) const {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float quotient;
-      if (is_normal_) {
-        // The quotient's nearest value (Markstein 1990), for a fraction of a division's price.
-        // Its magnitude is below 127.5.
-        const float estimate = __fmul_rn(values[i], inverse_);
-        const float rest = __fmaf_rn(-estimate, scale_, values[i]);
-        quotient = __fmaf_rn(rest, inverse_, estimate);
-      } else {
-        quotient = fminf(fmaxf(__fdiv_rn(values[i], scale_), -127.0f), 127.0f);
-      }
-      // The sum's last bits are the integer: with 1.5 * 2^23 there is no place for a fraction.
-      words[i] = __float_as_uint(__fadd_rn(quotient, 12582912.0f));
-    }
-    return __byte_perm(__byte_perm(words[0], words[1], 0x0040),
-                       __byte_perm(words[2], words[3], 0x0040), 0x5410);
-  }
-
- private:
-  float scale_;
-  float inverse_;
-  bool is_normal_;
-};
 
 // One block per row. kSteps: how many times kVector values a thread holds; 0: it holds none.
 template <int kSteps, bool kIsFloat>
@@ -233,9 +193,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) QuantizeRowsKernel(KernelArgs 
   });
   largest = Reduce(largest, Largest(), shared);
   LaunchDependents();
-  const float scale = largest == 0.0f ? 1.0f : __fdiv_rn(largest, 127.0f);
+  const float scale = Int8Scale(largest);
   if (threadIdx.x == 0) args.scale[blockIdx.x] = scale;
-  const Rounding rounding(scale);
+  const Int8Rounding rounding(scale);
   for_each([&](int at, float (&values)[kVector], const Bits&) {
     if (!(kIsHeld && kIsFloat) && is_prepared) prepare(at, values);
     *reinterpret_cast<uint2*>(args.qvalue + row + at) =

@@ -63,7 +63,15 @@ struct WgmmaShared;
 template <typename T, int kColumns>
 struct WgmmaRegisters;
 
+// sums += A B^T likewise, B along k in shared memory.
+template <typename T, int kColumns>
+struct WgmmaRegistersAlongK;
+
 // clang-format off
+#define KOGPT_REGISTERS_8 "%0, %1, %2, %3"
+#define KOGPT_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define KOGPT_REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define KOGPT_REGISTERS_64 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -81,15 +89,18 @@ struct WgmmaRegisters;
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define KOGPT_SUMS_8(i) \
+#define KOGPT_EIGHT_SUMS(i) \
     "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), \
     "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define KOGPT_SUMS_64 KOGPT_SUMS_8(0), KOGPT_SUMS_8(8), KOGPT_SUMS_8(16), KOGPT_SUMS_8(24)
+#define KOGPT_SUMS_8 "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+#define KOGPT_SUMS_16 KOGPT_EIGHT_SUMS(0)
+#define KOGPT_SUMS_32 KOGPT_EIGHT_SUMS(0), KOGPT_EIGHT_SUMS(8)
+#define KOGPT_SUMS_64 KOGPT_SUMS_32, KOGPT_EIGHT_SUMS(16), KOGPT_EIGHT_SUMS(24)
 #define KOGPT_SUMS_128 \
-    KOGPT_SUMS_64, KOGPT_SUMS_8(32), KOGPT_SUMS_8(40), KOGPT_SUMS_8(48), KOGPT_SUMS_8(56)
+    KOGPT_SUMS_64, KOGPT_EIGHT_SUMS(32), KOGPT_EIGHT_SUMS(40), KOGPT_EIGHT_SUMS(48), KOGPT_EIGHT_SUMS(56)
 #define KOGPT_SUMS_256 \
-    KOGPT_SUMS_128, KOGPT_SUMS_8(64), KOGPT_SUMS_8(72), KOGPT_SUMS_8(80), KOGPT_SUMS_8(88), \
-    KOGPT_SUMS_8(96), KOGPT_SUMS_8(104), KOGPT_SUMS_8(112), KOGPT_SUMS_8(120)
+    KOGPT_SUMS_128, KOGPT_EIGHT_SUMS(64), KOGPT_EIGHT_SUMS(72), KOGPT_EIGHT_SUMS(80), KOGPT_EIGHT_SUMS(88), \
+    KOGPT_EIGHT_SUMS(96), KOGPT_EIGHT_SUMS(104), KOGPT_EIGHT_SUMS(112), KOGPT_EIGHT_SUMS(120)
 
 #define KOGPT_WGMMA_SHARED(T, TYPE, N, A, B, ADDS) \
   template <> \
@@ -103,35 +114,55 @@ struct WgmmaRegisters;
                    : "l"(a), "l"(b), "r"(static_cast<int>(adds))); \
     } \
   };
-#define KOGPT_WGMMA_REGISTERS(T, TYPE, N, A0, A1, A2, A3, B) \
+#define KOGPT_WGMMA_REGISTERS(NAME, T, TYPE, N, A0, A1, A2, A3, B, ACROSS) \
   template <> \
-  struct WgmmaRegisters<T, N> { \
+  struct NAME<T, N> { \
     static __device__ __forceinline__ void Run(float (&sums)[N / 2], const uint32_t* a, \
                                                uint64_t b) { \
       asm volatile("{\n.reg .pred adds;\nsetp.eq.b32 adds, 0, 0;\n" \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" \
                    KOGPT_REGISTERS_##N "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B \
-                   ", adds, 1, 1, 1;\n}\n" \
+                   ", adds, 1, 1, " ACROSS ";\n}\n" \
                    : KOGPT_SUMS_##N \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
     } \
   };
+KOGPT_WGMMA_SHARED(__half, "f16", 8, "%4", "%5", "%6")
+KOGPT_WGMMA_SHARED(__half, "f16", 16, "%8", "%9", "%10")
+KOGPT_WGMMA_SHARED(__half, "f16", 32, "%16", "%17", "%18")
 KOGPT_WGMMA_SHARED(__half, "f16", 64, "%32", "%33", "%34")
 KOGPT_WGMMA_SHARED(__half, "f16", 128, "%64", "%65", "%66")
-KOGPT_WGMMA_REGISTERS(__half, "f16", 64, "%32", "%33", "%34", "%35", "%36")
-KOGPT_WGMMA_REGISTERS(__half, "f16", 128, "%64", "%65", "%66", "%67", "%68")
-KOGPT_WGMMA_REGISTERS(__half, "f16", 256, "%128", "%129", "%130", "%131", "%132")
+KOGPT_WGMMA_REGISTERS(WgmmaRegisters, __half, "f16", 64, "%32", "%33", "%34", "%35", "%36", "1")
+KOGPT_WGMMA_REGISTERS(WgmmaRegisters, __half, "f16", 128, "%64", "%65", "%66", "%67", "%68", "1")
+KOGPT_WGMMA_REGISTERS(WgmmaRegisters, __half, "f16", 256, "%128", "%129", "%130", "%131", "%132", "1")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __half, "f16", 8, "%4", "%5", "%6", "%7", "%8", "0")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __half, "f16", 16, "%8", "%9", "%10", "%11", "%12", "0")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __half, "f16", 32, "%16", "%17", "%18", "%19", "%20", "0")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __half, "f16", 64, "%32", "%33", "%34", "%35", "%36", "0")
+KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 8, "%4", "%5", "%6")
+KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 16, "%8", "%9", "%10")
+KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 32, "%16", "%17", "%18")
 KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 64, "%32", "%33", "%34")
 KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 128, "%64", "%65", "%66")
-KOGPT_WGMMA_REGISTERS(__nv_bfloat16, "bf16", 64, "%32", "%33", "%34", "%35", "%36")
-KOGPT_WGMMA_REGISTERS(__nv_bfloat16, "bf16", 128, "%64", "%65", "%66", "%67", "%68")
-KOGPT_WGMMA_REGISTERS(__nv_bfloat16, "bf16", 256, "%128", "%129", "%130", "%131", "%132")
+KOGPT_WGMMA_REGISTERS(WgmmaRegisters, __nv_bfloat16, "bf16", 64, "%32", "%33", "%34", "%35", "%36", "1")
+KOGPT_WGMMA_REGISTERS(WgmmaRegisters, __nv_bfloat16, "bf16", 128, "%64", "%65", "%66", "%67", "%68", "1")
+KOGPT_WGMMA_REGISTERS(WgmmaRegisters, __nv_bfloat16, "bf16", 256, "%128", "%129", "%130", "%131", "%132", "1")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __nv_bfloat16, "bf16", 8, "%4", "%5", "%6", "%7", "%8", "0")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __nv_bfloat16, "bf16", 16, "%8", "%9", "%10", "%11", "%12", "0")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __nv_bfloat16, "bf16", 32, "%16", "%17", "%18", "%19", "%20", "0")
+KOGPT_WGMMA_REGISTERS(WgmmaRegistersAlongK, __nv_bfloat16, "bf16", 64, "%32", "%33", "%34", "%35", "%36", "0")
 #undef KOGPT_WGMMA_SHARED
 #undef KOGPT_WGMMA_REGISTERS
+#undef KOGPT_EIGHT_SUMS
 #undef KOGPT_SUMS_8
+#undef KOGPT_SUMS_16
+#undef KOGPT_SUMS_32
 #undef KOGPT_SUMS_64
 #undef KOGPT_SUMS_128
 #undef KOGPT_SUMS_256
+#undef KOGPT_REGISTERS_8
+#undef KOGPT_REGISTERS_16
+#undef KOGPT_REGISTERS_32
 #undef KOGPT_REGISTERS_64
 #undef KOGPT_REGISTERS_128
 #undef KOGPT_REGISTERS_256

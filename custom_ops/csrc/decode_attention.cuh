@@ -1,0 +1,228 @@
+// What the two kernels of decode_attention share: of a cache in 16 bits (decode_attention.cu) and of
+// one in INT8 (decode_attention_int8.cuh).
+#ifndef CUSTOM_OPS_DECODE_ATTENTION_CUH_
+#define CUSTOM_OPS_DECODE_ATTENTION_CUH_
+
+#include <cstdint>
+
+#include "cuda_common.cuh"
+
+namespace kogpt {
+
+inline constexpr int kSplitKeys = 64;
+
+struct DecodeAttentionArgs {
+  const void* qkv;
+  const float* cos;
+  const float* sin;
+  void* k_pages;
+  void* v_pages;
+  float* k_scales;  // of INT8 pages
+  float* v_scales;
+  const int32_t* page_table;
+  const int32_t* lengths;
+  const int32_t* num_new;
+  void* act;
+  float* partials;
+  int32_t* semaphores;
+  int batch_heads;  // of all rows
+  int num_heads;
+  int page_len;
+  int max_pages;
+  int max_splits;
+  int rotary_dim;
+  int act_dim;
+  bool is_cluster;  // the blocks of a head are one
+  bool prefetch_cache;
+  float log2_scale;  // log2(e) / sqrt(head_dim)
+
+  // Where the token with this position in a row lies in the pool: tokens of heads ahead of it.
+  __device__ __forceinline__ int64_t SlotOf(int row, int head, int position) const {
+    const int page_slot = min(position / page_len, max_pages - 1);
+    const int page = __ldcg(page_table + static_cast<int64_t>(row) * max_pages + page_slot);
+    return (static_cast<int64_t>(page) * num_heads + head) * page_len + position % page_len;
+  }
+
+  // The new token's position, or -1 for a finished row. A row that is full would write beyond its
+  // pages; its last token is replaced instead.
+  __device__ __forceinline__ int PositionOf(int row) const {
+    const int last = max_pages * page_len - 1;
+    return __ldcg(num_new + row) > 0 ? min(__ldcg(lengths + row), last) : -1;
+  }
+};
+
+// The angles of the pairs of eight dimensions from `dim` on.
+struct Rotation {
+  float cos[4], sin[4];
+
+  __device__ __forceinline__ Rotation(const DecodeAttentionArgs& args, int row, int dim) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_rotated = dim + 2 * i < args.rotary_dim;
+      const int64_t at = static_cast<int64_t>(row) * (args.rotary_dim / 2) + dim / 2 + i;
+      cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
+      sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
+    }
+  }
+
+  // Rotates the pairs and rounds them to the element type.
+  template <typename T>
+  __device__ __forceinline__ uint4 Rotate(uint4 bits) const {
+    float values[8], rotated[8];
+    Unpack<T>(bits, values);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rotated[2 * i] = values[2 * i] * cos[i] - values[2 * i + 1] * sin[i];
+      rotated[2 * i + 1] = values[2 * i + 1] * cos[i] + values[2 * i] * sin[i];
+    }
+    return Pack<T>(rotated);
+  }
+};
+
+// Part of a softmax-weighted sum: exp2 of the scores less their maximum, summed, and times the
+// values, of which a thread has kDims.
+template <int kDims>
+struct Softmax {
+  float maximum = -INFINITY;
+  float sum = 0.0f;
+  float output[kDims] = {};
+
+  __device__ __forceinline__ void Add(const Softmax& part) {
+    const float new_maximum = fmaxf(maximum, part.maximum);
+    const float rescale = exp2f(maximum - new_maximum);
+    const float part_rescale = exp2f(part.maximum - new_maximum);
+    sum = sum * rescale + part.sum * part_rescale;
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) {
+      output[i] = output[i] * rescale + part.output[i] * part_rescale;
+    }
+    maximum = new_maximum;
+  }
+};
+
+// Adds up the parts of a head's splits, in order, in one block: where a block has the head to
+// itself, there; where the head's blocks are a cluster, in the shared memory of the first; else
+// through device memory, in the block that finishes last.
+template <int kHeadDim, int kDims>
+class HeadSum {
+ public:
+  // `dim`: the first of this thread's, kHeadDim where it has none. `cluster_parts`: [split,
+  // head_dim + 2] in shared memory where the blocks are a cluster.
+  __device__ __forceinline__ HeadSum(const DecodeAttentionArgs& args, int64_t head_of_row,
+                                     int num_splits, int dim, float* cluster_parts)
+      : num_splits_(num_splits),
+        dim_(dim),
+        is_alone_(gridDim.x == 1 || num_splits == 1),
+        is_cluster_(args.is_cluster),
+        cluster_parts_(cluster_parts),
+        partials_(args.partials + head_of_row * args.max_splits * kPartSize),
+        semaphore_(args.semaphores + head_of_row) {
+#if __CUDA_ARCH__ >= 900
+    if (is_cluster_) ClusterWait();  // the first block's shared memory is there
+#endif
+  }
+
+  __device__ __forceinline__ void Add(int split, const Softmax<kDims>& part) {
+    if (is_alone_) {
+      total_.Add(part);
+      return;
+    }
+#if __CUDA_ARCH__ >= 900
+    if (is_cluster_) {
+      const uint32_t to = SharedAddress(cluster_parts_ + split * kPartSize);
+      if (dim_ < kHeadDim) {
+#pragma unroll
+        for (int i = 0; i < kDims; ++i) StoreInFirstBlock(to + (dim_ + i) * 4, part.output[i]);
+      }
+      if (threadIdx.x == 0) {
+        StoreInFirstBlock(to + kHeadDim * 4, part.maximum);
+        StoreInFirstBlock(to + (kHeadDim + 1) * 4, part.sum);
+      }
+      return;
+    }
+#endif
+    float* partial = partials_ + static_cast<int64_t>(split) * kPartSize;
+    if (dim_ < kHeadDim) {
+#pragma unroll
+      for (int i = 0; i < kDims; ++i) __stcg(partial + dim_ + i, part.output[i]);
+    }
+    if (threadIdx.x == 0) {
+      __stcg(partial + kHeadDim, part.maximum);
+      __stcg(partial + kHeadDim + 1, part.sum);
+    }
+    ++num_done_;
+  }
+
+  // Once the block has added its splits: writes the head's result where this thread and block have
+  // it, or zeros. All of a block's threads call it.
+  template <typename T>
+  __device__ __forceinline__ void Write(T* out, bool has_keys = true) {
+#if __CUDA_ARCH__ >= 900
+    if (!is_alone_ && is_cluster_) {
+      ClusterArrive();
+      if (blockIdx.x != 0) return;
+      ClusterWait();
+      for (int split = 0; split < num_splits_ && dim_ < kHeadDim; ++split) {
+        const float* from = cluster_parts_ + split * kPartSize;
+        Softmax<kDims> part;
+        part.maximum = from[kHeadDim];
+        part.sum = from[kHeadDim + 1];
+#pragma unroll
+        for (int i = 0; i < kDims; ++i) part.output[i] = from[dim_ + i];
+        total_.Add(part);
+      }
+    }
+#endif
+    if (!is_alone_ && !is_cluster_) {
+      __shared__ bool is_last;
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        is_last = atomicAdd(semaphore_, num_done_) + num_done_ == num_splits_;
+        if (is_last) *semaphore_ = 0;
+        __threadfence();
+      }
+      __syncthreads();
+      if (!is_last || dim_ >= kHeadDim) return;
+      constexpr int kGroup = 8;  // partial results that are read together
+      for (int first = 0; first < num_splits_; first += kGroup) {
+        Softmax<kDims> parts[kGroup];
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          if (first + i >= num_splits_) break;
+          const float* partial = partials_ + static_cast<int64_t>(first + i) * kPartSize;
+          parts[i].maximum = __ldcg(partial + kHeadDim);
+          parts[i].sum = __ldcg(partial + kHeadDim + 1);
+#pragma unroll
+          for (int j = 0; j < kDims; ++j) parts[i].output[j] = __ldcg(partial + dim_ + j);
+        }
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          if (first + i < num_splits_) total_.Add(parts[i]);
+        }
+      }
+    }
+    if (dim_ >= kHeadDim) return;
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) {
+      out[dim_ + i] = FromFloat<T>(has_keys ? total_.output[i] / total_.sum : 0.0f);
+    }
+  }
+
+ private:
+  static constexpr int kPartSize = kHeadDim + 2;  // output, maximum, sum
+
+  int num_splits_;
+  int dim_;
+  bool is_alone_;
+  bool is_cluster_;
+  float* cluster_parts_;
+  float* partials_;
+  int32_t* semaphore_;
+  Softmax<kDims> total_;  // of the splits so far
+  int num_done_ = 0;
+};
+
+}  // namespace kogpt
+
+#endif  // CUSTOM_OPS_DECODE_ATTENTION_CUH_
