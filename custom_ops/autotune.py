@@ -337,6 +337,7 @@ def tune(
     reference: Callable[[Any], tuple[Array, Array | None]],
     oracle: Callable[[Any], tuple[Array, Array | None]],
     num_gelu: int = 0,
+    tensor_core_k: int = 0,
     turns: int = 5,
     rounds: int = 5,
 ) -> Outcome:
@@ -351,6 +352,7 @@ def tune(
         reference: the op's reference in the same precision: operands -> (y, act).
         oracle: the same in f32.
         num_gelu: columns of act that are GELU's; those in front of them are not compared.
+        tensor_core_k: products of an output that tensor cores sum in f32 (`tolerance.allowed_error`).
         turns: rotations of a sample; fewer, and over fewer operands, where the reference is slow.
         rounds: samples of a candidate; their median counts.
     """
@@ -358,7 +360,7 @@ def tune(
     expected = defined(jax.jit(oracle)(operands[0]))
     run_reference = jax.jit(reference)
     allowed = [
-        tolerance.allowed_error(float(tolerance.relative_error(got, wanted)), got.dtype)
+        tolerance.allowed_error(float(tolerance.relative_error(got, wanted)), got.dtype, tensor_core_k=tensor_core_k)
         for got, wanted in zip(defined(run_reference(operands[0])), expected, strict=True)
     ]
     begin = time.perf_counter()
