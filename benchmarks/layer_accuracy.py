@@ -11,6 +11,7 @@ same dtype loses besides (errors add as squares). A layer in f32 takes some 5 GB
 
 import argparse
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from custom_ops import numerics, quantize_weight
 from custom_ops.quantization import dequantize
 from custom_ops.rotary import apply_rotary
 from kogpt_jax import KOGPT_6B, KoGPT, decoding, kv_cache, smoothing
-from kogpt_jax.config import Dtype, ModelConfig
+from kogpt_jax.config import Dtype, ModelConfig, Quant
 from kogpt_jax.evaluation import add_outliers
 from kogpt_jax.model import model_def, random_leaves, rotary_tables
 from kogpt_jax.sharding import make_mesh
@@ -54,16 +55,23 @@ def _with_tail(leaf: Array, key: Array) -> Array:
     return leaf * jnp.exp(0.7 * jax.random.normal(key, leaf.shape, jnp.float32))
 
 
-def fake_quantised(config: ModelConfig, leaves: Mapping[str, Array], tokens: np.ndarray, quant: str) -> np.ndarray:
-    """Logits in f32. ``quant`` says what is rounded: "none", "w8a16" weights, "w8a8" the layers' activations too."""
+def rounded(x: Array) -> Array:
+    """To INT8 and back, a scale for each row of the last axis."""
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    return jnp.round(x / scale) * scale
+
+
+def fake_quantised(
+    config: ModelConfig, leaves: Mapping[str, Array], tokens: np.ndarray, quant: str, kv_dtype: str | None = None
+) -> np.ndarray:
+    """Logits in f32. ``quant`` says what is rounded: "none", "w8a16" weights, "w8a8" the layers' activations too;
+    ``kv_dtype`` "int8": keys and values."""
 
     @jax.jit
     def product(x: Array, weight: Array) -> Array:
         w = weight.reshape(weight.shape[-2:])
         w = dequantize(quantize_weight(w)) if quant != "none" else w
-        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
-        x = jnp.round(x / scale) * scale if quant == "w8a8" else x
-        return numerics.product(x, w, jnp.float32)
+        return numerics.product(rounded(x) if quant == "w8a8" else x, w, jnp.float32)
 
     def norm(x: Array, name: str) -> Array:
         scale, bias = (leaves[name + part].reshape(-1) for part in ("scale", "bias"))
@@ -78,6 +86,8 @@ def fake_quantised(config: ModelConfig, leaves: Mapping[str, Array], tokens: np.
         q, k, v, ffn = jnp.split(z, np.arange(1, 4) * config.model_dim, axis=1)
         q, k, v = (part.reshape(q_len, config.num_heads, config.head_dim) for part in (q, k, v))
         q, k = (part[0] for part in apply_rotary(q[None], k[None], (cos, sin)))
+        if kv_dtype == "int8":
+            k, v = rounded(k), rounded(v)
         scores = numerics.einsum("tnh,snh->nts", q, k) / math.sqrt(config.head_dim)
         scores = jnp.where(jnp.tri(q_len, dtype=bool), scores, -jnp.inf)
         attn = numerics.einsum("nts,snh->tnh", jax.nn.softmax(scores, axis=-1), v).reshape(q_len, -1)
@@ -122,24 +132,31 @@ def run(num_layers: int, num_tokens: int, vocab_size: int, outliers: float | Non
             windows = [rng.integers(0, vocab_size, 64).tolist() for _ in range(4)]
             smoothing.smooth(config, leaves, make_mesh(), windows, SETTINGS)
             config = dataclasses.replace(config, has_multiplier=True)
-        for quant in ("none", "w8a16", "w8a8") if weights == "plain" else ("w8a8",):
+        quants: tuple[Quant, ...] = ("none", "w8a16", "w8a8") if weights == "plain" else ("w8a8",)
+        for quant, kv_dtype in itertools.product(quants, (None, "int8")):
             # Decode steps of w8a8 leave the activations as they are.
             fake_of = {"prefill": quant, "decode": "w8a16" if quant == "w8a8" else quant}
-            fakes = {kind: error(fake_quantised(config, leaves, tokens, kind), exact) for kind in set(fake_of.values())}
+            fakes = {
+                kind: error(fake_quantised(config, leaves, tokens, kind, kv_dtype), exact)
+                for kind in set(fake_of.values())
+            }
             for dtype in DTYPES:
-                found = logits_of(dataclasses.replace(config, dtype=dtype, quant=quant), leaves, tokens)
+                found = logits_of(
+                    dataclasses.replace(config, dtype=dtype, quant=quant, kv_dtype=kv_dtype), leaves, tokens
+                )
                 for phase, logits in found.items():
                     result = {"logit_error": error(logits, exact)}
-                    if quant == "none":
+                    if quant == "none" and kv_dtype is None:
                         of_dtype[dtype, phase] = result["logit_error"]
                         assert dtype != "fp32" or result["logit_error"] < 1e-5  # the same function
                     else:
                         result["fake_quantised"] = fakes[fake_of[phase]]
                         allowed = math.hypot(result["fake_quantised"], of_dtype[dtype, phase])
                         result["ratio"] = result["logit_error"] / allowed
-                    name = f"{quant if quant != 'none' else 'unquantised'}{'-smoothed' * (weights == 'smoothed')}"
+                    name: str = quant if quant != "none" else "unquantised"
+                    name += "-smoothed" * (weights == "smoothed") + "-kv8" * (kv_dtype is not None)
                     modes[f"{name} {dtype} {phase}"] = result
-                    print(f"{name:<16}{dtype:<6}{phase:<9}", *(f"{key} {value:.3e}" for key, value in result.items()))
+                    print(f"{name:<20}{dtype:<6}{phase:<9}", *(f"{key} {value:.3e}" for key, value in result.items()))
     return {
         "num_layers": num_layers,
         "num_tokens": num_tokens,

@@ -204,6 +204,8 @@ class Spy:
         self._log.append(self._name)
         return np.asarray(self._array, *args, **kwargs)
 
+    is_fully_addressable = True
+
     def copy_to_host_async(self):
         self._array.copy_to_host_async()
 

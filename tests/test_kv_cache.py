@@ -179,8 +179,11 @@ def expected(engine):
 
 def with_cache(monkeypatch: pytest.MonkeyPatch, change) -> None:
     """Lets the engine start from a cache that ``change`` has been at."""
-    make = kv_cache.make_kv_cache
-    monkeypatch.setattr(kv_cache, "make_kv_cache", lambda *args: change(make(*args)))
+
+    def take(engine: KoGPT, batch: int, capacity: int) -> KVCache:
+        return change(kv_cache.make_kv_cache(engine.config, engine.mesh, batch, capacity))
+
+    monkeypatch.setattr(KoGPT, "_take_cache", take)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])
@@ -207,6 +210,33 @@ def test_which_pages_a_row_has_makes_no_difference(engine, expected, monkeypatch
     with_cache(monkeypatch, shuffle)
     assert engine.generate_ids(PROMPTS, PARAMS) == expected
     assert np.any(np.diff(tables[0]) != 1)
+
+
+def test_a_batch_takes_the_pages_of_the_last_one_if_they_fit(engine, expected, monkeypatch):
+    make, made = kv_cache.make_kv_cache, []
+
+    def watched(*args):
+        made.append(args)
+        return make(*args)
+
+    monkeypatch.setattr(kv_cache, "make_kv_cache", watched)
+    engine.generate_ids(PROMPTS, PARAMS)
+    phases: Any = (decoding.prefill, decoding.decode_loop)
+    programs = [phase._cache_size() for phase in phases]
+    kept = jax.tree.leaves(engine._kept_cache.k)[0].unsafe_buffer_pointer()
+    made.clear()
+    assert engine.generate_ids(PROMPTS, PARAMS) == expected
+    assert made == []
+    assert jax.tree.leaves(engine._kept_cache.k)[0].unsafe_buffer_pointer() == kept
+    assert [phase._cache_size() for phase in phases] == programs
+    engine.generate_ids(PROMPTS[:1], PARAMS[:1])
+    assert len(made) == 1  # of another size
+    stream = engine.stream_ids(PROMPTS, PARAMS)
+    next(stream)
+    stream.close()  # in the middle
+    assert engine.generate_ids(PROMPTS, PARAMS) == expected
+    engine.score_ids(PROMPTS[-1:])
+    assert engine._kept_cache is None  # its memory is for the score
 
 
 def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
