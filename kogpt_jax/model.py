@@ -132,6 +132,7 @@ class Block(nnx.Module):
                 bias=_local(self.b_ffn_in, 1),
                 gelu_from=3 * local_dim,
                 act_dim=local_dim + self.b_ffn_in.shape[-1],
+                is_y_cut=self.ops.prefill_attention == "reference",
             )
         assert act is not None  # with gelu_from
         ffn = act
@@ -418,12 +419,13 @@ def prefill_linear(
     gelu_from: int | None = None,
     act_dim: int | None = None,
     out_dtype: np.dtype | type | None = None,
+    is_y_cut: bool = True,
 ) -> tuple[Array, Array | None]:
     """A layer's product for whole sequences, with what `custom_ops.linear` has around it: (y, act).
 
     ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [T, act_dim], the columns in front
-    of GELU's are attention's to fill. With GELU ``y`` may have more columns than ``gelu_from``: XLA's product is not
-    cut, which would copy it for a kernel.
+    of GELU's are attention's to fill. Without ``is_y_cut`` y may have more columns than ``gelu_from``: to cut XLA's
+    product for a kernel would copy it.
     """
     options: dict[str, Any] = {
         "bias": bias,
@@ -445,7 +447,8 @@ def prefill_linear(
         return mixed_gemm(x, weight, implementation="ffi", **options)
     if isinstance(weight, QuantizedArray) and ops.gemm == "linear":
         return _linear_in_groups(x, weight, **options)
-    return _dense_with(x, weight, config, **options)
+    y, act = _dense_with(x, weight, config, **options)
+    return (y[:, :gelu_from] if is_y_cut else y), act
 
 
 def _linear_in_groups(
@@ -484,7 +487,7 @@ def _dense_with(
     act_dim: int | None,
     out_dtype: np.dtype | type | None,
 ) -> tuple[Array, Array | None]:
-    """`dense`, and behind it what `prefill_linear` adds."""
+    """`dense`, and behind it what `prefill_linear` adds; y is not cut."""
     if gelu_from is None:
         y = dense(x, weight, jnp.float32 if residual is not None else out_dtype or config.jax_dtype)
         if residual is not None:
