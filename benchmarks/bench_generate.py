@@ -276,7 +276,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--quant", choices=QUANTS, default="none")
     parser.add_argument("--kv-dtype", choices=("int8",), help="of the cache; without it that of the activations")
-    parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs a decode step")
+    parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs the ops")
 
 
 def make_config(

@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a quick look")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
     parser.add_argument("--quant", choices=QUANTS, nargs="+", default=["none"])
-    parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs a decode step")
+    parser.add_argument("--implementation", choices=CHOICES, default="auto", help="what runs the ops")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)

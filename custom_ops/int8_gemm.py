@@ -84,7 +84,7 @@ def int8_gemm_reference(
 ) -> tuple[Array, Array | None]:
     """`int8_gemm` in `jax.numpy`."""
     contract_last = (((1,), (1,)), ((), ()))
-    # Zeros up to whole words: with K = 7 XLA's product on an H100 was wrong (jax 0.11.2).
+    # Zeros up to 16 bytes: with K = 7 XLA's product on an H100 was wrong (jax 0.11.2).
     padding = ((0, 0), (0, -x.shape[1] % 16))
     values, weights = jnp.pad(x.qvalue, padding), jnp.pad(weight.qvalue, padding)
     sums = jax.lax.dot_general(values, weights, contract_last, preferred_element_type=jnp.int32)

@@ -74,7 +74,7 @@ _KeepQuantized = Annotated[
 ]
 _Implementation = Annotated[
     _Choice,
-    typer.Option(help="What runs a decode step: ffi (this project's kernels), reference (XLA), or the faster one."),
+    typer.Option(help="What runs the model: ffi (this project's kernels), reference (XLA), or the faster one."),
 ]
 _KvDtype = Annotated[
     _KvDtypeName | None,
@@ -270,6 +270,8 @@ def generate(
     )
     rows = _rows_of_all(lambda: _prompt_rows(prompt, input_format), coordinator, num_processes, process_id)
     row_params = [_with_options(params, row) for row in rows]
+    for row, of_row in zip(rows, row_params, strict=True):
+        _check_seed(of_row, row.where, deterministic)
     can_stream = len(rows) == 1 and output_format == "text"
     if stream and not can_stream:
         raise InputError(f"--stream takes one prompt and --format text, got {len(rows)} and {output_format}")
@@ -463,6 +465,7 @@ def prompt_loop(
         except EOFError:
             return
         try:
+            _check_seed(params, "prompt", deterministic)
             _emit(text)
             for event in engine.stream_ids([prompt_ids], params):
                 _emit(event.text or "")
@@ -474,6 +477,12 @@ def prompt_loop(
                 raise
             _complain(error)
         _emit("\n")
+
+
+def _check_seed(params: "kogpt_jax.SamplingParams", where: str, deterministic: bool) -> None:
+    """As the engine does, before anything is written."""
+    if deterministic and params.temperature > 0 and params.seed is None:
+        raise InputError(f"{where} has temperature {params.temperature} and no seed: --deterministic takes --seed")
 
 
 def _ask_params(filters: "kogpt_jax.SamplingParams", prompt_len: int) -> "kogpt_jax.SamplingParams":

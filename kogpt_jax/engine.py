@@ -153,7 +153,7 @@ class KoGPT:
             mesh: from `sharding.make_mesh`.
             tokenizer: None leaves the token-id level only.
             max_batch_size: rows that run together at most; longer lists of prompts run one batch after the other.
-            implementation: what runs a decode step: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
+            implementation: what runs the ops: "ffi" (the project's kernels), "reference" (XLA), or "auto", the
                 faster of those that this machine has. ``ops`` has what was chosen.
             nan_guard: look at the output of every op, so that the `FloatingPointError` of logits that are not finite
                 names the first layer and op whose output was not. For debugging: it takes time, and one process.
@@ -165,6 +165,7 @@ class KoGPT:
             InputError: an unsupported argument, or kernels that are not there for this model; the message names it.
         """
         _check_max_batch_size(max_batch_size)
+        _check_nan_guard(nan_guard)
         config = resolve_eos(config, tokenizer)
         self.config = config
         self.mesh = mesh
@@ -174,7 +175,12 @@ class KoGPT:
         platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
         self.deterministic = deterministic
         self.ops = resolve_ops(
-            config, implementation, platform=platform, num_shards=split.num_shards, deterministic=deterministic
+            config,
+            implementation,
+            platform=platform,
+            num_shards=split.num_shards,
+            max_rows=_rows_per_shard(max_batch_size, mesh),
+            deterministic=deterministic,
         )
         # What a machine has built and measured is in `ops`.
         distributed.check_same(
@@ -254,10 +260,17 @@ class KoGPT:
         # Before the weights are loaded: whether the mesh divides the model, and whether the implementation can work.
         split = model.model_def(config, Split.of(device_mesh)).split
         platform = device_mesh.devices.flat[0].platform
-        resolve_ops(config, implementation, platform=platform, num_shards=split.num_shards, deterministic=deterministic)
-        distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized, nan_guard))
-        if nan_guard and jax.process_count() > 1:
-            raise InputError("nan_guard needs all devices in one process: each sees only what its own compute")
+        resolve_ops(
+            config,
+            implementation,
+            platform=platform,
+            num_shards=split.num_shards,
+            max_rows=_rows_per_shard(max_batch_size, device_mesh),
+            deterministic=deterministic,
+        )
+        _check_nan_guard(nan_guard)
+        settings = (max_batch_size, implementation, nan_guard, deterministic)
+        distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized, settings))
         if calibration is not None:
             config = dataclasses.replace(config, has_multiplier=True)
             text = smoothing.read_calibration(calibration, tokenizer)
@@ -524,7 +537,7 @@ class KoGPT:
         finished: set[int] = set()
         self._forget_found()
         for emitted in self._dispatch(slots):
-            tokens, logprobs = distributed.fetch((emitted.tokens, emitted.logprobs))
+            tokens, logprobs = np.asarray(emitted.tokens), np.asarray(emitted.logprobs)
             for slot, request in enumerate(slots):
                 count = int(np.sum(tokens[slot] != NO_TOKEN))
                 if request is None or slot in finished or count == 0:
@@ -567,7 +580,9 @@ class KoGPT:
         return "length" if num_emitted == request.max_new_tokens else None
 
     def _dispatch(self, slots: Sequence[_Request | None]) -> Iterator[Emitted]:
-        """Prefill and chunks of a batch. On a GPU the next chunk is under way before the host looks at the last one."""
+        """Prefill and chunks of a batch, on the host. On a GPU the next chunk is under way before the host looks at the
+        last one."""
+        state: DecodeState | None
         state, emitted = self._prefill(slots)
         most = max(request.max_new_tokens for request in slots if request is not None)
         num_dispatched = 1
@@ -580,20 +595,24 @@ class KoGPT:
                     num_dispatched += STEPS_PER_CHUNK
                 if not under_way:
                     return
-                emitted = under_way.popleft()
+                emitted = distributed.fetch(under_way.popleft())
                 yield emitted
                 if emitted.all_done:
                     return
+        except BaseException as error:
+            if not isinstance(error, GeneratorExit):  # the last step may have taken the cache, or spoilt it
+                state = None
+            raise
         finally:
-            self._kept_cache = state.cache
+            if state is not None:
+                self._kept_cache = state.cache
 
     def _take_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of rows without tokens; with the last batch's pages if they fit, which saves making some."""
         kept, self._kept_cache = self._kept_cache, None
         if kept is not None and (kept.page_table.shape[0], kept.max_len) != (batch, capacity):
             kept = None
-        if kept is None or any(array.is_deleted() for array in jax.tree.leaves(kept)):  # as after an error
-            del kept
+        if kept is None:
             return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
         page_table, lengths = kv_cache.make_rows(self.config, self.mesh, batch, capacity)
         return dataclasses.replace(kept, page_table=page_table, lengths=lengths)
@@ -700,6 +719,8 @@ class KoGPT:
                 if len(group) == 1:
                     ((prompt_len, new_len),) = lens
                     what = f"prompt {group[0].index} of {prompt_len} tokens with {new_len} new ones"
+                    if self.deterministic:
+                        what += f", in a batch of max_batch_size {self.max_batch_size},"
                     raise _too_large(what, needed, free)
                 size = power_bucket(len(group), 1) // 2  # the next smaller bucket, full
             yield group
@@ -747,6 +768,16 @@ class KoGPT:
             of_row = kv_cache.cache_bytes_per_row(self.config, self._kept_cache.max_len, Split.of(self.mesh))
             free += rows * of_row
         return distributed.smallest(free)
+
+
+def _rows_per_shard(max_batch_size: int, mesh: Mesh) -> int:
+    """The most rows that a data shard of a batch has."""
+    return power_bucket(max_batch_size, mesh.shape["data"] * mesh.shape["pipe"]) // mesh.shape["data"]
+
+
+def _check_nan_guard(nan_guard: bool) -> None:
+    if nan_guard and jax.process_count() > 1:
+        raise InputError("nan_guard needs all devices in one process: each sees only what its own compute")
 
 
 def _fetched(emitted: Emitted) -> Emitted:

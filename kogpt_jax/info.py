@@ -59,7 +59,7 @@ def _device_report(device: jax.Device) -> dict[str, Any]:
 
 
 def _ops_report(model: str | None) -> dict[str, Any]:
-    """The compiled libraries, and what a decode step of the model (without one: of KoGPT-6B) runs on here."""
+    """The compiled libraries, and what the model (without one: KoGPT-6B) runs on here."""
     model_config = KOGPT_6B if model is None else checkpoint.load_config(_directory(model))
     choices = {dtype: dataclasses.replace(model_config, dtype=dtype) for dtype in get_args(Dtype)}
     for quant in ("w8a16", "w8a8"):  # with the dtype of the stored weights

@@ -28,7 +28,13 @@ def check_choice(choice: str) -> None:
 
 
 def resolve_ops(
-    config: ModelConfig, choice: Choice, *, platform: str, num_shards: int = 1, deterministic: bool = False
+    config: ModelConfig,
+    choice: Choice,
+    *,
+    platform: str,
+    num_shards: int = 1,
+    max_rows: int = 1,
+    deterministic: bool = False,
 ) -> OpsConfig:
     """The implementation of each op for a model on a platform ("cpu" or "gpu").
 
@@ -41,6 +47,7 @@ def resolve_ops(
     (`custom_ops.autotune`), else the project's kernel on a GPU.
     With ``deterministic`` a decode step takes what gives a row the same bits in any place of a batch: the kernels of
     `linear` and `decode_attention`, for "auto" too, and sums over tensor shards in order.
+    ``max_rows`` is how many rows a data shard of a batch has at most.
 
     Raises:
         InputError: an unknown choice, or "ffi" or ``deterministic`` where it cannot work, with the reason.
@@ -64,7 +71,7 @@ def resolve_ops(
         "decode_attention": decode_attention_ffi_problem(platform=platform, **cache),
     }
     if platform == "gpu":  # what has no kernel for CPUs
-        problems["prefill_attention"] = prefill_attention_ffi_problem(platform=platform, **cache)
+        problems["prefill_attention"] = prefill_attention_ffi_problem(platform=platform, batch=max_rows, **cache)
         if is_quantized:
             problems["gemm"] = _gemm_problem(config, platform, num_shards)
     if deterministic:

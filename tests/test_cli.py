@@ -440,6 +440,12 @@ def test_model_without_a_tokenizer(checkpoint, tmp_path):
         _assert_refused(_invoke(command, "--model", tmp_path, stdin="나는\n"), str(tmp_path), "tokenizer")
 
 
+def test_deterministic_mode_takes_a_seed_before_anything_is_written(checkpoint):
+    lines = '{"prompt": "나는"}\n{"prompt": "너는", "temperature": 0.5}\n'
+    result = _invoke("generate", "--model", checkpoint, "--deterministic", "--input-format", "jsonl", stdin=lines)
+    _assert_refused(result, "stdin line 2 has temperature 0.5 and no seed", "--seed")
+
+
 @pytest.mark.parametrize("command", ["generate", "prompt", "score"])
 def test_deterministic_mode_reaches_the_model(checkpoint, command):
     """Which refuses it: no kernel takes heads of 16."""

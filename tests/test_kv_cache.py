@@ -239,6 +239,18 @@ def test_a_batch_takes_the_pages_of_the_last_one_if_they_fit(engine, expected, m
     assert engine._kept_cache is None  # its memory is for the score
 
 
+def test_after_an_error_no_cache_is_kept(engine, expected, monkeypatch):
+    def fail(*args, **static):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decode_loop", fail)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            engine.generate_ids(PROMPTS, PARAMS)
+    assert engine._kept_cache is None
+    assert engine.generate_ids(PROMPTS, PARAMS) == expected
+
+
 def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
     """Not those behind a prompt, not those of steps after a row has finished, and a padding row writes one token."""
     marker = 7.0

@@ -57,6 +57,15 @@ def test_auto_is_the_faster_one(config, platform, expected):
     assert resolve_ops(config, "ffi", platform=platform) == all_kernels
 
 
+def test_auto_leaves_prompts_of_too_many_rows_to_xla(monkeypatch):
+    monkeypatch.setattr(_library, "load", lambda platform: _library.LibraryInfo("cuda", problem=None))
+    config = dataclasses.replace(KERNEL_CONFIG, dtype="bf16")
+    assert resolve_ops(config, "auto", platform="gpu", max_rows=1024).prefill_attention == "ffi"
+    assert resolve_ops(config, "auto", platform="gpu", max_rows=2048).prefill_attention == "reference"
+    with pytest.raises(InputError, match="prefill_attention: there must be at most 1024 rows, got 2048"):
+        resolve_ops(config, "ffi", platform="gpu", max_rows=2048)
+
+
 def test_auto_goes_op_by_op(monkeypatch):
     monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
     monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: "head_dim must be 64")
