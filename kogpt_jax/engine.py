@@ -34,7 +34,7 @@ from kogpt_jax import (
     sharding,
     smoothing,
 )
-from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, Quant
+from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, OpsConfig, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import KVCache
@@ -174,14 +174,7 @@ class KoGPT:
         self.leaves = tuple(leaves)
         platform, split = mesh.devices.flat[0].platform, Split.of(mesh)
         self.deterministic = deterministic
-        self.ops = resolve_ops(
-            config,
-            implementation,
-            platform=platform,
-            num_shards=split.num_shards,
-            max_rows=_rows_per_shard(max_batch_size, mesh),
-            deterministic=deterministic,
-        )
+        self.ops = _resolve_ops(config, implementation, mesh, max_batch_size, deterministic)
         # What a machine has built and measured is in `ops`.
         distributed.check_same(
             "model or ops", (config, mesh_name(mesh), max_batch_size, self.ops, nan_guard, deterministic)
@@ -258,16 +251,8 @@ class KoGPT:
             )
         device_mesh = sharding.make_mesh(*extents)
         # Before the weights are loaded: whether the mesh divides the model, and whether the implementation can work.
-        split = model.model_def(config, Split.of(device_mesh)).split
-        platform = device_mesh.devices.flat[0].platform
-        resolve_ops(
-            config,
-            implementation,
-            platform=platform,
-            num_shards=split.num_shards,
-            max_rows=_rows_per_shard(max_batch_size, device_mesh),
-            deterministic=deterministic,
-        )
+        model.model_def(config, Split.of(device_mesh))
+        _resolve_ops(config, implementation, device_mesh, max_batch_size, deterministic)
         _check_nan_guard(nan_guard)
         settings = (max_batch_size, implementation, nan_guard, deterministic)
         distributed.check_same("model or mesh", (config, mesh, calibration is None, keep_quantized, settings))
@@ -610,9 +595,8 @@ class KoGPT:
     def _take_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of rows without tokens; with the last batch's pages if they fit, which saves making some."""
         kept, self._kept_cache = self._kept_cache, None
-        if kept is not None and (kept.page_table.shape[0], kept.max_len) != (batch, capacity):
-            kept = None
-        if kept is None:
+        if kept is None or (kept.page_table.shape[0], kept.max_len) != (batch, capacity):
+            del kept  # before there are two
             return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
         page_table, lengths = kv_cache.make_rows(self.config, self.mesh, batch, capacity)
         return dataclasses.replace(kept, page_table=page_table, lengths=lengths)
@@ -770,9 +754,18 @@ class KoGPT:
         return distributed.smallest(free)
 
 
-def _rows_per_shard(max_batch_size: int, mesh: Mesh) -> int:
-    """The most rows that a data shard of a batch has."""
-    return power_bucket(max_batch_size, mesh.shape["data"] * mesh.shape["pipe"]) // mesh.shape["data"]
+def _resolve_ops(
+    config: ModelConfig, implementation: Choice, mesh: Mesh, max_batch_size: int, deterministic: bool
+) -> OpsConfig:
+    num_data = mesh.shape["data"]
+    return resolve_ops(
+        config,
+        implementation,
+        platform=mesh.devices.flat[0].platform,
+        num_shards=Split.of(mesh).num_shards,
+        max_rows=power_bucket(max_batch_size, num_data * mesh.shape["pipe"]) // num_data,
+        deterministic=deterministic,
+    )
 
 
 def _check_nan_guard(nan_guard: bool) -> None:

@@ -46,6 +46,15 @@ __device__ __forceinline__ void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 #if __CUDA_ARCH__ >= 900
 // Barriers in shared memory and the tensor copies that complete on them (PTX ISA, mbarrier and
 // cp.async.bulk.tensor).
@@ -192,6 +201,36 @@ __device__ __forceinline__ uint4 Pack(const float (&values)[8]) {
       Pair<T>::FromFloats(values[4], values[5]), Pair<T>::FromFloats(values[6], values[7]));
 }
 
+// The angles of the pairs of eight neighbouring dimensions, of a row of a kernel's rotary tables `cos`
+// and `sin`, [rows, rotary_dim / 2] each.
+struct Rotation {
+  float cos[4], sin[4];
+
+  template <typename Args>
+  __device__ __forceinline__ Rotation(const Args& args, int row, int dim, bool is_there = true) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_rotated = is_there && dim + 2 * i < args.rotary_dim;
+      const int64_t at = static_cast<int64_t>(row) * (args.rotary_dim / 2) + dim / 2 + i;
+      cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
+      sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
+    }
+  }
+
+  // Rotates the pairs and rounds them to the element type.
+  template <typename T>
+  __device__ __forceinline__ uint4 Rotate(uint4 bits) const {
+    float values[8], rotated[8];
+    Unpack<T>(bits, values);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rotated[2 * i] = values[2 * i] * cos[i] - values[2 * i + 1] * sin[i];
+      rotated[2 * i + 1] = values[2 * i + 1] * cos[i] + values[2 * i] * sin[i];
+    }
+    return Pack<T>(rotated);
+  }
+};
+
 // Rounding to INT8 as `quantize_weight` does it: max |.| / 127 is the scale (1 for zeros), halves go to
 // even.
 
@@ -297,6 +336,15 @@ __device__ __forceinline__ void MultiplyAdd(float* sums, const uint32_t* a, uint
   }
 }
 
+// A box is 128 bytes of each of some rows, in shared memory; their 16-byte pieces are swizzled so that
+// no banks collide where a piece of several rows is read.
+inline constexpr int kBoxRowBytes = 128;
+
+// Where piece `piece` (16 bytes) of row `row` lies in a box.
+__device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
+  return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
+}
+
 inline const char* MessageOf(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -371,8 +419,7 @@ cudaError_t Launch(const KernelTraits& traits, dim3 grid, int threads, int share
 }
 
 // Describes a row-major array [rows, columns] of 1- or 2-byte values to the tensor copies, in boxes
-// of 128 bytes of `box_rows` rows whose 16-byte pieces are swizzled: piece p of row r lies at p ^
-// (r % 8). Returns null or a message.
+// of `box_rows` rows, whose pieces lie as `PieceOffset` says. Returns null or a message.
 inline const char* DescribeBoxes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
                                  int value_bytes, int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -388,7 +435,7 @@ inline const char* DescribeBoxes(CUtensorMap* map, const void* data, int64_t row
   if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns * value_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / value_bytes),
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kBoxRowBytes / value_bytes),
                              static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t element_strides[2] = {1, 1};
   const CUresult result =

@@ -51,34 +51,6 @@ struct DecodeAttentionArgs {
   }
 };
 
-// The angles of the pairs of eight dimensions from `dim` on.
-struct Rotation {
-  float cos[4], sin[4];
-
-  __device__ __forceinline__ Rotation(const DecodeAttentionArgs& args, int row, int dim) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool is_rotated = dim + 2 * i < args.rotary_dim;
-      const int64_t at = static_cast<int64_t>(row) * (args.rotary_dim / 2) + dim / 2 + i;
-      cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
-      sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
-    }
-  }
-
-  // Rotates the pairs and rounds them to the element type.
-  template <typename T>
-  __device__ __forceinline__ uint4 Rotate(uint4 bits) const {
-    float values[8], rotated[8];
-    Unpack<T>(bits, values);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      rotated[2 * i] = values[2 * i] * cos[i] - values[2 * i + 1] * sin[i];
-      rotated[2 * i + 1] = values[2 * i + 1] * cos[i] + values[2 * i] * sin[i];
-    }
-    return Pack<T>(rotated);
-  }
-};
-
 // Part of a softmax-weighted sum: exp2 of the scores less their maximum, summed, and times the
 // values, of which a thread has kDims.
 template <int kDims>

@@ -145,6 +145,17 @@ class Checks {
     Fail(name, "have dtype " + names, DtypeName(buffer.element_type()));
   }
 
+  // The scales of pages, a token and head each, of `shape`; of 16-bit pages the shape [0].
+  void PageScales(const char* name, const Buffer& scales, bool is_int8,
+                  std::initializer_list<int64_t> shape) {
+    Dtype(name, scales, {ffi::F32});
+    if (is_int8) {
+      Shape(name, scales, shape);
+    } else {
+      Shape(name, scales, {0});
+    }
+  }
+
   // The result is the argument's memory.
   void Aliased(const char* name, const Buffer& argument, const Buffer& result) {
     if (argument.untyped_data() == result.untyped_data()) return;

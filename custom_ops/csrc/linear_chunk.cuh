@@ -21,7 +21,6 @@ inline constexpr int kTileRows = 8;
 
 // A chunk is boxes of 128 bytes of each row: of the weight, on Hopper two of them so that device
 // memory is read in pieces of 256 bytes, and of the activations that meet it.
-inline constexpr int kBoxRowBytes = 128;
 inline constexpr int kWeightBoxBytes = kTileOutputs * kBoxRowBytes;
 inline constexpr int kRingAlignment = 1024;  // of a swizzled box
 
@@ -50,20 +49,6 @@ inline constexpr bool kOnHopper = false;
 // The ring of the architecture that device code is compiled for.
 template <typename Weight, int kRowTiles>
 using DeviceRing = Ring<Weight, kRowTiles, kOnHopper>;
-
-// Where piece `piece` (16 bytes) of row `row` lies in a box.
-__device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
-  return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
-}
-
-__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
 
 // Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kAppendThreads)
       if (piece < width_pieces) {
         const int dim = piece % kHeadPieces * 8;
         if (dim < args.rotary_dim) {
-          pieces[i] = Angles(args, token, dim, true).Rotate<T>(pieces[i]);
+          pieces[i] = Rotation(args, token, dim).Rotate<T>(pieces[i]);
         }
         pages = args.k_pages;
         scales = args.k_scales;

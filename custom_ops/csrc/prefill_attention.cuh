@@ -10,8 +10,8 @@
 
 namespace kogpt {
 
-inline constexpr int kBoxTokens =
-    64;  // keys or queries that are copied together: they share a page
+// Keys or queries that are copied together: they share a page.
+inline constexpr int kBoxTokens = 64;
 
 struct PrefillArgs {
   const void* qkv;
@@ -56,35 +56,6 @@ __device__ __forceinline__ Row ReadRow(const PrefillArgs& args, int row) {
                        min(args.total_tokens - result.begin, capacity - result.length));
   return result;
 }
-
-// The angles of eight neighbouring dimensions of a token.
-struct Angles {
-  float cos[4];
-  float sin[4];
-
-  __device__ __forceinline__ Angles(const PrefillArgs& args, int token, int dim, bool is_there) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool is_rotated = is_there && dim + 2 * i < args.rotary_dim;
-      const int64_t at = static_cast<int64_t>(token) * (args.rotary_dim / 2) + dim / 2 + i;
-      cos[i] = is_rotated ? __ldcg(args.cos + at) : 1.0f;
-      sin[i] = is_rotated ? __ldcg(args.sin + at) : 0.0f;
-    }
-  }
-
-  // Rotates the pairs and rounds them as the cache does.
-  template <typename T>
-  __device__ __forceinline__ uint4 Rotate(uint4 bits) const {
-    float values[8], rotated[8];
-    Unpack<T>(bits, values);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      rotated[2 * i] = values[2 * i] * cos[i] - values[2 * i + 1] * sin[i];
-      rotated[2 * i + 1] = values[2 * i + 1] * cos[i] + values[2 * i] * sin[i];
-    }
-    return Pack<T>(rotated);
-  }
-};
 
 // Queries that a block of attention takes, in the code that runs on this device: all kernels of the
 // library are compiled for the same.

@@ -46,17 +46,8 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   check.Shape("sin", sin, {total_tokens, half_rotary_dim});
   check.Dtype("v_pages", v_pages, {pages_dtype});
   check.Shape("v_pages", v_pages, {num_pages, num_heads, page_len, head_dim});
-  // A scale a token and head, or the shape [0].
-  const auto check_scales = [&](const char* name, const Buffer& scales) {
-    check.Dtype(name, scales, {ffi::F32});
-    if (is_int8) {
-      check.Shape(name, scales, {num_pages, num_heads, page_len, 1});
-    } else {
-      check.Shape(name, scales, {0});
-    }
-  };
-  check_scales("k_scales", k_scales);
-  check_scales("v_scales", v_scales);
+  check.PageScales("k_scales", k_scales, is_int8, {num_pages, num_heads, page_len, 1});
+  check.PageScales("v_scales", v_scales, is_int8, {num_pages, num_heads, page_len, 1});
   check.Dtype("page_table", page_table, {ffi::S32});
   check.Dtype("begins", begins, {ffi::S32});
   check.Shape("begins", begins, {batch});
@@ -75,8 +66,8 @@ ffi::Error PrefillAttentionImpl(Executor stream, Buffer qkv, Buffer cos, Buffer 
   check.Dtype("result v_pages", *v_pages_out, {pages_dtype});
   check.Shape("result v_pages", *v_pages_out, {num_pages, num_heads, page_len, head_dim});
   check.Aliased("v_pages", v_pages, *v_pages_out);
-  check_scales("result k_scales", *k_scales_out);
-  check_scales("result v_scales", *v_scales_out);
+  check.PageScales("result k_scales", *k_scales_out, is_int8, {num_pages, num_heads, page_len, 1});
+  check.PageScales("result v_scales", *v_scales_out, is_int8, {num_pages, num_heads, page_len, 1});
   if (is_int8) {
     check.Aliased("k_scales", k_scales, *k_scales_out);
     check.Aliased("v_scales", v_scales, *v_scales_out);

@@ -7,7 +7,6 @@
 
 namespace kogpt {
 
-constexpr int kBoxRowBytes = 128;
 constexpr int kBoxBytes = kBoxTokens * kBoxRowBytes;
 constexpr int kBoxColumns = 64;        // 16-bit values of a box's row
 constexpr float kRescaleAbove = 8.0f;  // in powers of two
@@ -43,20 +42,6 @@ __device__ __forceinline__ uint2 LoadSharedPair(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
-}
-
-__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-// Where piece `piece` (16 bytes) of row `row` lies in a box.
-__device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
-  return row * kBoxRowBytes + ((piece ^ (row % 8)) * 16);
 }
 
 // Eight INT8 keys' values, as they are, and those of values times their scale, rounded.
@@ -185,9 +170,9 @@ __device__ __forceinline__ void RotateQueries(const PrefillArgs& args, uint32_t 
   for (int box = 0; box < rotated_boxes; ++box) {
     const auto angles_of = [&](int i) {
       const int of_row = row + i * (kThreads / 8);
-      return Angles(args, token + of_row, box * kBoxColumns + dim, of_row < num_rows);
+      return Rotation(args, token + of_row, box * kBoxColumns + dim, of_row < num_rows);
     };
-    const Angles angles[kPieces] = {angles_of(0), angles_of(1), angles_of(2), angles_of(3)};
+    const Rotation angles[kPieces] = {angles_of(0), angles_of(1), angles_of(2), angles_of(3)};
     if (box == 0) wait();
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
