@@ -133,14 +133,22 @@ def prompts(config: ModelConfig, batch: int, prompt_len: int) -> list[list[int]]
 
 
 def measure(
-    model: KoGPT, batch: int, prompt_len: int, sampling: str, repeats: int, call_tokens: int | None = None
+    model: KoGPT,
+    batch: int,
+    prompt_len: int,
+    sampling: str,
+    repeats: int,
+    call_tokens: int | None = None,
+    pause_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Times one batch and prompt length, and with ``call_tokens`` whole calls of so many new tokens a row."""
+    """Times one batch and prompt length, and with ``call_tokens`` whole calls of so many new tokens a row; each call
+    after a pause."""
     config = model.config
     rows = prompts(config, batch, prompt_len)
 
     def generate(max_new_tokens: int) -> float:
         params = dataclasses.replace(SAMPLING[sampling], max_new_tokens=max_new_tokens)
+        time.sleep(pause_s)
         begin = time.perf_counter()
         model.generate_ids(rows, params)
         return time.perf_counter() - begin
@@ -173,6 +181,7 @@ def measure(
         "quant": config.quant,
         "kv_dtype": config.kv_dtype,
         "sampling": sampling,
+        "pause_s": pause_s,
         "prefill_ms": medians[0] * 1e3,
         "step_ms": _number(step_s * 1e3),
         "tokens_per_s": _number(batch / step_s),
@@ -302,6 +311,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--call-tokens", type=int, help="also time whole calls of so many new tokens, prefill included")
     parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds in front of each call: one after another they slow a hot GPU"
+    )
+    parser.add_argument(
         "--warm-cache", action="store_true", help="use the compilation cache; compile times then say so"
     )
     parser.add_argument("--json", type=pathlib.Path, help="write the result here")
@@ -312,7 +324,7 @@ def main() -> None:
     model = make_model(arguments, max(arguments.batch))
     config = model.config
     rows = [
-        measure(model, batch, prompt_len, sampling, arguments.repeats, arguments.call_tokens)
+        measure(model, batch, prompt_len, sampling, arguments.repeats, arguments.call_tokens, arguments.pause)
         for batch in arguments.batch
         for prompt_len in arguments.prompt_len
         for sampling in arguments.sampling

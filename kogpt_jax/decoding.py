@@ -99,7 +99,12 @@ def no_hidden(batch: int, *, definition: ModelDef, mesh: Mesh) -> Float[Array, "
     return jax.lax.with_sharding_constraint(zeros, NamedSharding(mesh, _ROWS_BY_EMBED))
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("definition", "mesh"),
+    donate_argnames=("cache",),
+    compiler_options=WITHOUT_CUDA_GRAPHS,
+)
 def prefill(
     leaves: Sequence[Array],
     cache: KVCache,
@@ -114,7 +119,7 @@ def prefill(
     Args:
         leaves: parameters, in the order of ``definition.params``.
         cache: what the calls before have read; donated.
-        last_hidden: the residual stream of each row's last token, f32, from the calls before; donated.
+        last_hidden: the residual stream of each row's last token, f32, from the calls before.
         chunks: stacked (`packing.stack`), and read one after another. Rows that have no token in them stay as they are.
     """
     num_stages = definition.split.num_stages
@@ -149,7 +154,7 @@ def prefill(
     )(list(leaves), cache, last_hidden, chunks)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache", "last_hidden"))
+@functools.partial(jax.jit, static_argnames=("definition", "mesh"), donate_argnames=("cache",))
 def put_row(
     cache: KVCache,
     last_hidden: Float[Array, "B D"],
@@ -164,7 +169,7 @@ def put_row(
 
     Args:
         cache: of the batch; donated.
-        last_hidden: of the batch; donated.
+        last_hidden: of the batch.
         own_cache: of a row a data shard, with no more pages a row than ``cache`` has.
         own_hidden: what `prefill` gave back with it.
         rows: which of its rows each data shard shall put its one into, -1 for none.
@@ -231,13 +236,14 @@ def start_decode(
         _empty_flight(last_hidden.shape[0], definition),
     )
     specs = _state_specs(definition, sampling)
-    return jax.shard_map(
+    state, emitted = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(definition.leaf_specs(), specs, _ROWS_BY_EMBED),
         out_specs=(specs, _EMITTED_SPECS),
         check_vma=False,
     )(list(leaves), state, last_hidden)
+    return state, _on_host(emitted)
 
 
 @functools.partial(
@@ -260,13 +266,14 @@ def decode_loop(
         return state, _emitted(tokens, logprobs, state)
 
     specs = _state_specs(definition, state.sampling)
-    return jax.shard_map(
+    state, emitted = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(definition.leaf_specs(), specs),
         out_specs=(specs, _EMITTED_SPECS),
         check_vma=False,
     )(list(leaves), state)
+    return state, _on_host(emitted)
 
 
 def _decode_ticks(
@@ -526,6 +533,12 @@ def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tupl
 def _emitted(tokens: Array, logprobs: Array, state: DecodeState) -> Emitted:
     num_running = jax.lax.psum(jnp.sum(state.num_remaining > 0), "data")
     return Emitted(tokens, logprobs, num_running == 0)
+
+
+def _on_host(emitted: Emitted) -> Emitted:
+    """Copied into the host's memory by the phase itself: a copy by the host begins once it has noticed that the phase
+    has ended, half a millisecond later."""
+    return jax.device_put(emitted, jax.memory.Space.Host)
 
 
 def _chunks_specs(chunks: Packed) -> Packed:

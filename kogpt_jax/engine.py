@@ -184,7 +184,8 @@ class KoGPT:
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
-        self._kept_cache: KVCache | None = None  # the last batch's, for the next one if it is alike
+        self._kept_cache: KVCache | None = None  # the last batch's, emptied: for the next one if it is alike
+        self._no_hidden: dict[int, jax.Array] = {}  # by rows of a batch: what `decoding.prefill` takes first
 
     @classmethod
     def from_pretrained(
@@ -578,6 +579,9 @@ class KoGPT:
                     state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **self._static)
                     under_way.append(_fetched(emitted))
                     num_dispatched += STEPS_PER_CHUNK
+                if state is not None and num_dispatched >= most:  # here, where the host would wait for the devices
+                    self._keep(state.cache)
+                    state = None
                 if not under_way:
                     return
                 emitted = distributed.fetch(under_way.popleft())
@@ -586,27 +590,36 @@ class KoGPT:
                     return
         except BaseException as error:
             if not isinstance(error, GeneratorExit):  # the last step may have taken the cache, or spoilt it
-                state = None
+                state = self._kept_cache = None
             raise
         finally:
             if state is not None:
-                self._kept_cache = state.cache
+                self._keep(state.cache)
+
+    def _keep(self, cache: KVCache) -> None:
+        """For the next batch: rows without tokens over the same pages."""
+        page_table, lengths = kv_cache.make_rows(self.config, self.mesh, cache.page_table.shape[0], cache.max_len)
+        self._kept_cache = dataclasses.replace(cache, page_table=page_table, lengths=lengths)
 
     def _take_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of rows without tokens; with the last batch's pages if they fit, which saves making some."""
+        """A cache of rows without tokens; the kept one if it fits, which saves making pages."""
         kept, self._kept_cache = self._kept_cache, None
-        if kept is None or (kept.page_table.shape[0], kept.max_len) != (batch, capacity):
-            del kept  # before there are two
-            return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
-        page_table, lengths = kv_cache.make_rows(self.config, self.mesh, batch, capacity)
-        return dataclasses.replace(kept, page_table=page_table, lengths=lengths)
+        if kept is not None and (kept.page_table.shape[0], kept.max_len) == (batch, capacity):
+            return kept
+        del kept  # before there are two
+        return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
+
+    def _empty_hidden(self, rows: int) -> jax.Array:
+        if rows not in self._no_hidden:
+            self._no_hidden[rows] = decoding.no_hidden(rows, **self._static)
+        return self._no_hidden[rows]
 
     def _prefill(self, slots: Sequence[_Request | None]) -> tuple[DecodeState, Emitted]:
         """Reads the prompts of a batch into a new cache and samples their first tokens; None is a row of padding."""
         rows = [_PADDING if request is None else request for request in slots]
         capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
         cache = self._take_cache(len(rows), capacity)
-        last_hidden = decoding.no_hidden(len(rows), **self._static)
+        last_hidden = self._empty_hidden(len(rows))
         if self.deterministic:
             cache, last_hidden = self._read_one_by_one(slots, cache, last_hidden)
         else:
@@ -615,8 +628,8 @@ class KoGPT:
             self.leaves,
             cache,
             last_hidden,
-            jnp.asarray(np.array([row.max_new_tokens for row in rows], np.int32)),
-            jnp.asarray(np.array([row.params.ignore_eos for row in rows])),
+            np.array([row.max_new_tokens for row in rows], np.int32),
+            np.array([row.params.ignore_eos for row in rows]),
             RowSampling.from_params([row.params for row in rows]),
             **self._static,
         )
@@ -642,7 +655,7 @@ class KoGPT:
             prompts = [request.prompt_ids if other == shard else () for other in range(num_shards)]
             capacity = self.cache_capacity([(len(request.prompt_ids), 1)])
             own_cache = kv_cache.make_kv_cache(self.config, self.mesh, num_shards, capacity)
-            own = self._read(prompts, own_cache, decoding.no_hidden(num_shards, **self._static))
+            own = self._read(prompts, own_cache, self._empty_hidden(num_shards))
             rows = jnp.asarray(np.where(np.arange(num_shards) == shard, row, -1).astype(np.int32))
             cache, last_hidden = decoding.put_row(cache, last_hidden, *own, rows, **self._static)
         return cache, last_hidden

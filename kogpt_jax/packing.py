@@ -84,7 +84,10 @@ def stack(chunks: Sequence[Packed], *, num_shards: int = 1) -> Packed:
     """Chunks over the same rows as one structure with a leading axis, of the size of the largest."""
     by_shard = [np.asarray(packed.tokens).reshape(num_shards, -1) for packed in chunks]
     size = max(tokens.shape[1] for tokens in by_shard)
-    tokens: Any = np.stack([np.pad(tokens, [(0, 0), (0, size - tokens.shape[1])]).reshape(-1) for tokens in by_shard])
+    padded = np.zeros((len(chunks), num_shards, size), np.int32)
+    for chunk, of_chunk in zip(padded, by_shard, strict=True):
+        chunk[:, : of_chunk.shape[1]] = of_chunk
+    tokens: Any = padded.reshape(len(chunks), -1)
     begins: Any = np.stack([packed.begins for packed in chunks])
     num_new: Any = np.stack([packed.num_new for packed in chunks])
     return Packed(tokens, begins, num_new, max(packed.max_len for packed in chunks))

@@ -5,7 +5,7 @@ import functools
 import numbers
 import secrets
 from collections.abc import Sequence
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -91,14 +91,15 @@ class RowSampling:
     def from_params(cls, rows: Sequence[SamplingParams]) -> "RowSampling":
         """Stacks the rows' parameters; a row without a seed gets one of the system's entropy, process 0's."""
         seeds = [secrets.randbelow(_MAX_SEED + 1) if row.seed is None else row.seed for row in rows]
-        return cls(
-            temperature=jnp.asarray(np.array([row.temperature for row in rows], np.float32)),
-            top_k=jnp.asarray(np.array([min(row.top_k, _MAX_TOP_K) for row in rows], np.int32)),
-            top_p=jnp.asarray(np.array([row.top_p for row in rows], np.float32)),
-            min_p=jnp.asarray(np.array([row.min_p for row in rows], np.float32)),
-            seed=jnp.asarray(distributed.of_process_0(np.array(seeds, np.uint32))),
-            is_greedy=all(row.temperature == 0 for row in rows),
-        )
+        # NumPy's, for `jax.jit` to put where they belong: to put each by itself takes a program a parameter.
+        arrays: Any = {
+            "temperature": np.array([row.temperature for row in rows], np.float32),
+            "top_k": np.array([min(row.top_k, _MAX_TOP_K) for row in rows], np.int32),
+            "top_p": np.array([row.top_p for row in rows], np.float32),
+            "min_p": np.array([row.min_p for row in rows], np.float32),
+            "seed": distributed.of_process_0(np.array(seeds, np.uint32)),
+        }
+        return cls(**arrays, is_greedy=all(row.temperature == 0 for row in rows))
 
 
 def sample(

@@ -181,7 +181,9 @@ def test_donated_buffers_are_gone_after_a_call(engine):
         engine.leaves, cache, last_hidden, ones, jnp.zeros(BATCH, bool), rows, **call.static
     )
     assert all(pages.is_deleted() for pages in jax.tree.leaves((cache.k, cache.v)))
-    next_state, _ = decoding.decode_loop(engine.leaves, state, num_steps=STEPS_PER_CHUNK, **call.static)
+    next_state, next_emitted = decoding.decode_loop(engine.leaves, state, num_steps=STEPS_PER_CHUNK, **call.static)
+    for array in jax.tree.leaves((emitted, next_emitted)):
+        assert array.sharding.memory_kind == "pinned_host"  # the phase itself copies them
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     next_pages = jax.tree.leaves((next_state.cache.k, next_state.cache.v))
     assert [pages.unsafe_buffer_pointer() for pages in next_pages] == addresses

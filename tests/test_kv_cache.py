@@ -224,6 +224,7 @@ def test_a_batch_takes_the_pages_of_the_last_one_if_they_fit(engine, expected, m
     phases: Any = (decoding.prefill, decoding.decode_loop)
     programs = [phase._cache_size() for phase in phases]
     kept = jax.tree.leaves(engine._kept_cache.k)[0].unsafe_buffer_pointer()
+    assert not np.any(np.asarray(engine._kept_cache.lengths))  # emptied already
     made.clear()
     assert engine.generate_ids(PROMPTS, PARAMS) == expected
     assert made == []
