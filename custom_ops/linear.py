@@ -20,8 +20,9 @@ from custom_ops.semaphores import check_semaphores
 # Rows of a call with implementation "ffi"; the reference takes any number.
 MAX_ROWS = 64
 
-# The scratch of the CUDA kernel: for each of at most 192 blocks a tile of 128 outputs by the rows, padded.
-_PARTIALS_PER_ROW = 192 * 128
+# The scratch of the CUDA kernels: for each of at most 192 blocks a tile of 256 outputs by the rows, padded, and the
+# rows' scales.
+_PARTIALS_PER_ROW = 192 * 256 + 1
 _PADDED_ROWS = (8, 16, 32, 64)
 
 
@@ -56,6 +57,10 @@ def linear(
 
     Sums do not depend on the number of rows: with "ffi" a row gives the same bits alone and in any batch.
 
+    Beside an INT8 weight in 16 bits, the CUDA kernels for sm_90a round h to 16-bit integers in place of dtype, of which
+    a row's largest |h| (or of a part of its K) becomes 32639: INT8 tensor cores multiply their two digits by the weight
+    as it lies, and the sums are exact. That rounds by at most 2^-16 of the largest |h|, bf16 by 2^-9 of each value.
+
     Args:
         x: activations; in dtype, or in f32 with ``layer_norm``.
         weight: output-major. "dtype" is its dtype; of a `QuantizedArray` (one scale per output) that of
@@ -69,7 +74,7 @@ def linear(
             `decode_attention`: zeros with "reference", undefined with "ffi".
         out_dtype: of y, dtype (the default) or f32; with ``residual`` always f32.
         semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
-        prefetch_weight: promises that the weight, ``layer_norm``'s arrays and ``k_multiplier`` are arguments of the
+        prefetch_weight: promises that the weight, bias, ``layer_norm``'s arrays and ``k_multiplier`` are arguments of the
             jitted function whose values were there before the call (`jax.block_until_ready`), not what an operation of
             the same program, or of the one just ahead, has made: the CUDA kernels then fetch them while the kernel
             ahead is still running. If the promise is broken the result is undefined. The others ignore it.
@@ -168,7 +173,7 @@ def linear_ffi(
     split = num_outputs if gelu_from is None else gelu_from
     num_gelu = num_outputs - split
     act_shape = (0,) if gelu_from is None else (rows, num_gelu if act_dim is None else act_dim)
-    has_scratch = layer_norm is not None or k_multiplier is not None
+    has_scratch = layer_norm is not None or k_multiplier is not None or scale is not None
     padded_rows = next(padded for padded in _PADDED_ROWS if rows <= padded)
     ln_scale, ln_bias, epsilon = (None, None, 0.0) if layer_norm is None else layer_norm
     results = (

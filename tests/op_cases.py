@@ -127,14 +127,23 @@ def call_linear(case: LinearCase, arguments: dict[str, Any], **options: Any) -> 
     return custom_ops.linear(arguments.pop("x"), arguments.pop("weight"), **arguments, **options)
 
 
-def linear_oracle(case: LinearCase, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(y, GELU's outputs) in f64: nothing is rounded on the way, and an INT8 weight is taken as it is."""
+def linear_oracle(
+    case: LinearCase, arguments: dict[str, Any], *, has_integers: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """(y, GELU's outputs) in f64: nothing is rounded on the way, and an INT8 weight is taken as it is.
+
+    ``has_integers``: h is rounded to 16-bit integers, as the kernels for sm_90a do it beside an INT8 weight.
+    """
     values = {name: _as_f64(array) for name, array in arguments.items()}
     h = values["x"]
     if case.ln:
         h = h - h.mean(axis=-1, keepdims=True)
         h = h / np.sqrt((h**2).mean(axis=-1, keepdims=True) + EPSILON) * values["ln_scale"] + values["ln_bias"]
-    z = (h * values.get("k_multiplier", 1.0)) @ values["weight"].T
+    h = h * values.get("k_multiplier", 1.0)
+    if has_integers:
+        scale = np.abs(h).max(axis=-1, keepdims=True) / 32639
+        h = np.rint(h / scale) * scale
+    z = h @ values["weight"].T
     split = case.outputs - case.num_gelu
     y, gelu = z[:, :split], z[:, split:]
     bias = values.get("bias", 0.0)

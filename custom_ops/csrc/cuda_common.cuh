@@ -100,6 +100,11 @@ __device__ __forceinline__ void StoreInFirstBlock(uint32_t shared, float value) 
   asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(there), "f"(value) : "memory");
 }
 
+// Written shared memory is visible to tensor copies and products that follow a barrier.
+__device__ __forceinline__ void FenceForAsync() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
 // Copies bytes that lie together: a multiple of 16, from where 16 bytes begin to where they do.
 __device__ __forceinline__ void CopyBytes(uint32_t shared, const void* global, int bytes,
                                           uint32_t barrier) {
@@ -117,6 +122,22 @@ __device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap& map,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(shared),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The L2's policy for what is read once (PTX ISA, createpolicy).
+__device__ __forceinline__ uint64_t EvictFirst() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap& map, int column,
+                                        int row, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
 }
 #endif
@@ -356,6 +377,9 @@ struct KernelTraits {
   int ptx_version = 0;     // such as 90: that of the code that runs
   int num_multiprocessors = 0;
 };
+
+// Whether the code that runs is that for sm_90a: all kernels of the library are compiled for the same.
+inline bool HasWgmma(const KernelTraits& traits) { return traits.ptx_version == 90; }
 
 // Finds out how `kKernel` was compiled, and lets it have shared_bytes(is_hopper) of dynamic shared
 // memory. A kernel that runs from PTX older than sm_90 has no instruction that waits for the kernel

@@ -38,8 +38,13 @@ constexpr int kMaxClusterParts = 8;
 constexpr int kMaxClusterBlocks = 2;  // a multiprocessor: more clusters are slow to find room
 constexpr float kLog2E = 1.4426950408889634f;
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+// Where blocks are few and short, they have fewer registers, so that they find room beside those of a
+// product: on a quarter of a multiprocessor two warps, and three of a product with 96.
+constexpr int kManyRegisters = 128;
+constexpr int kFewRegisters = 112;
+
+template <typename T, int kHeadDim, int kRegisters>
+__global__ void __maxnreg__(kRegisters)
     DecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args) {
   constexpr int kLanesPerKey = kHeadDim / 8;
   constexpr int kKeysPerLoad = kWarpSize / kLanesPerKey;
@@ -209,15 +214,20 @@ int64_t SplitsOf(const DecodeAttentionParams& params) {
   return (params.max_pages * params.page_len + kSplitKeys - 1) / kSplitKeys;
 }
 
-// `takes_heads`: the kernel's blocks may go through several heads.
-template <auto kKernel, int kHeadDim>
+// `takes_heads`: the kernel's blocks may go through several heads. kShortKernel: where blocks are few
+// and short.
+template <auto kKernel, auto kShortKernel, int kHeadDim>
 const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int shared_bytes,
                          int blocks_per_multiprocessor, bool takes_heads, cudaStream_t stream) {
   constexpr int kPartBytes = (kHeadDim + 2) * static_cast<int>(sizeof(float));
-  const KernelTraits& traits = TraitsOf<kKernel>([shared_bytes](bool is_hopper) {
+  const auto most_bytes = [shared_bytes](bool is_hopper) {
     return shared_bytes + (is_hopper ? kMaxClusterParts * kPartBytes : 0);
-  });
-  if (traits.error != cudaSuccess) return MessageOf(traits.error);
+  };
+  const KernelTraits& traits = TraitsOf<kKernel>(most_bytes);
+  const KernelTraits& short_traits = TraitsOf<kShortKernel>(most_bytes);
+  for (const KernelTraits& each : {traits, short_traits}) {
+    if (each.error != cudaSuccess) return MessageOf(each.error);
+  }
   DecodeAttentionArgs args;
   args.qkv = params.qkv;
   args.cos = params.cos;
@@ -246,25 +256,30 @@ const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int s
   const int64_t splits = std::clamp<int64_t>(num_blocks / args.batch_heads, 1, SplitsOf(params));
   const int64_t heads_per_block =
       takes_heads && splits == 1 ? (args.batch_heads + num_blocks - 1) / num_blocks : 1;
-  args.is_cluster = traits.is_hopper && splits > 1 && splits <= kMaxClusterSize &&
-                    args.max_splits <= kMaxClusterParts &&
-                    splits * args.batch_heads <= kMaxClusterBlocks * traits.num_multiprocessors;
+  const bool is_short = args.max_splits <= kMaxClusterParts &&
+                        splits * args.batch_heads <= kMaxClusterBlocks * traits.num_multiprocessors;
+  args.is_cluster = traits.is_hopper && splits > 1 && splits <= kMaxClusterSize && is_short;
   args.prefetch_cache = params.prefetch_cache;
   const dim3 grid(
       static_cast<unsigned>(splits),
       static_cast<unsigned>((args.batch_heads + heads_per_block - 1) / heads_per_block));
   if (args.is_cluster) shared_bytes += args.max_splits * kPartBytes;
-  return MessageOf(Launch<kKernel>(traits, grid, threads, shared_bytes, stream, args,
-                                   args.is_cluster ? static_cast<int>(splits) : 1));
+  const int cluster_size = args.is_cluster ? static_cast<int>(splits) : 1;
+  return MessageOf(
+      is_short ? Launch<kShortKernel>(short_traits, grid, threads, shared_bytes, stream, args,
+                                      cluster_size)
+               : Launch<kKernel>(traits, grid, threads, shared_bytes, stream, args, cluster_size));
 }
 
 template <typename T, int kHeadDim>
 const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t stream) {
   return params.k_scales != nullptr
-             ? LaunchKernel<DecodeAttentionInt8Kernel<T, kHeadDim>, kHeadDim>(
+             ? LaunchKernel<DecodeAttentionInt8Kernel<T, kHeadDim>,
+                            DecodeAttentionInt8Kernel<T, kHeadDim>, kHeadDim>(
                    params, int8::kThreads, 3 * int8::Tile<kHeadDim>::kBytes,
                    int8::kBlocksPerMultiprocessor, true, stream)
-             : LaunchKernel<DecodeAttentionKernel<T, kHeadDim>, kHeadDim>(
+             : LaunchKernel<DecodeAttentionKernel<T, kHeadDim, kManyRegisters>,
+                            DecodeAttentionKernel<T, kHeadDim, kFewRegisters>, kHeadDim>(
                    params, kThreads, 0, kBlocksPerMultiprocessor, false, stream);
 }
 

@@ -756,7 +756,7 @@ int Time(Case options, bool is_token) {
                  static_cast<float*>(FilledWith(rows * model_dim, 0.5f))};
   void* qkv = Filled(rows * 3 * model_dim * 2);
   void* act = Filled(rows * out_k * 2);
-  void* h = Filled(rows * model_dim * 2);
+  void* h = Filled(rows * out_k * 2);
   void* logits = Filled(rows * vocab * 4);
 
   LinearParams base = {};

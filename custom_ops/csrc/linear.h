@@ -16,7 +16,8 @@ inline constexpr int kLinearMaxRows = 64;
 // A null pointer stands for an operand that is absent.
 //
 //   h   = LayerNorm(x) if ln_scale, else x;  times k_multiplier along k if there
-//         rounded to `dtype`
+//         rounded to `dtype`; beside an INT8 weight the kernels for sm_90a round to 16-bit integers
+//         instead, of which a row's largest |h| (or of a part of its K) becomes 32639
 //   z_m = weight_scale_m * sum_k h_k weight_mk + bias_m
 //   outputs [0, gelu_from)             y   = z + residual
 //   outputs [gelu_from, num_outputs)   act = GELU(z), tanh form, in the last columns
@@ -45,15 +46,15 @@ struct LinearParams {
   // [rows, act_dim] dtype; columns before the last num_outputs - gelu_from stay as they are.
   void* act;
 
-  // Scratch. h: [rows, k_dim] dtype, needed with LayerNorm or k_multiplier.
+  // Scratch. h: [rows, k_dim] dtype, needed with LayerNorm, k_multiplier or an INT8 weight.
   // partials: LinearPartialsBytes.
   void* h;
   float* partials;
   int64_t partials_bytes;
   int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA only
 
-  // Weight, LayerNorm's scale and bias, and multiplier may be read before the kernels ahead in the
-  // stream have finished.
+  // Weight, its scale, bias, LayerNorm's scale and bias, and multiplier may be read before the kernels
+  // ahead in the stream have finished.
   bool prefetch_weight;
 };
 

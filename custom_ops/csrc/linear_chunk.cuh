@@ -13,42 +13,29 @@
 
 namespace kogpt {
 
-inline constexpr int kLinearWarps = 8;  // that multiply
-inline constexpr int kLinearThreads = kLinearWarps * kWarpSize;
+inline constexpr int kWarps = 8;  // that multiply
+inline constexpr int kThreads = kWarps * kWarpSize;
 inline constexpr int kWarpOutputs = 16;  // of one m16n8k16
-inline constexpr int kTileOutputs = kLinearWarps * kWarpOutputs;
+inline constexpr int kTileOutputs = kWarps * kWarpOutputs;
 inline constexpr int kTileRows = 8;
 
-// A chunk is boxes of 128 bytes of each row: of the weight, on Hopper two of them so that device
-// memory is read in pieces of 256 bytes, and of the activations that meet it.
+// A chunk is 128 bytes of each row of the weight, and the activations that meet it, in boxes of 128
+// bytes a row.
 inline constexpr int kWeightBoxBytes = kTileOutputs * kBoxRowBytes;
 inline constexpr int kRingAlignment = 1024;  // of a swizzled box
 
-// Sizes of the ring. On Hopper it takes nearly all shared memory of a multiprocessor: what is under
-// way there goes on coming while the next kernel's blocks start. 96 KiB fit every GPU from compute
-// capability 8.0 on.
-template <typename Weight, int kRowTiles, bool kIsHopper>
+// Sizes of the ring: 96 KiB fit every GPU from compute capability 8.0 on.
+template <typename Weight, int kRowTiles>
 struct Ring {
-  static constexpr int kWeightBoxes = kIsHopper ? 2 : 1;
-  static constexpr int kChunkK = kWeightBoxes * kBoxRowBytes / static_cast<int>(sizeof(Weight));
+  static constexpr int kChunkK = kBoxRowBytes / static_cast<int>(sizeof(Weight));
   static constexpr int kActivationBoxes = kChunkK * 2 / kBoxRowBytes;
   static constexpr int kActivationBoxBytes = kRowTiles * kTileRows * kBoxRowBytes;
-  static constexpr int kStageBytes =
-      kWeightBoxes * kWeightBoxBytes + kActivationBoxes * kActivationBoxBytes;
-  static constexpr int kStages = (kIsHopper ? 208 : 96) * 1024 / kStageBytes;
+  static constexpr int kStageBytes = kWeightBoxBytes + kActivationBoxes * kActivationBoxBytes;
+  static constexpr int kStages = 96 * 1024 / kStageBytes;
   static_assert(kStages >= 3);
 
   static constexpr int kSharedBytes = kStages * kStageBytes + kRingAlignment;
 };
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-inline constexpr bool kOnHopper = true;
-#else
-inline constexpr bool kOnHopper = false;
-#endif
-// The ring of the architecture that device code is compiled for.
-template <typename Weight, int kRowTiles>
-using DeviceRing = Ring<Weight, kRowTiles, kOnHopper>;
 
 // Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
@@ -71,25 +58,22 @@ template <typename Weight>
 __device__ __forceinline__ void LoadWeights(uint32_t stage, int step, uint4 (&weights)[2]) {
   const int lane = threadIdx.x % kWarpSize;
   const int output = threadIdx.x / kWarpSize * kWarpOutputs;
-  const uint32_t box = stage + step / kStepsPerBox<Weight> * kWeightBoxBytes;
-  const int step_of_box = step % kStepsPerBox<Weight>;
   if constexpr (sizeof(Weight) == 1) {
-    const int piece = step_of_box * 2 + lane % 4;
-    weights[0] = LoadShared(box + PieceOffset(output + lane / 4, piece));
-    weights[1] = LoadShared(box + PieceOffset(output + lane / 4 + 8, piece));
+    const int piece = step * 2 + lane % 4;
+    weights[0] = LoadShared(stage + PieceOffset(output + lane / 4, piece));
+    weights[1] = LoadShared(stage + PieceOffset(output + lane / 4 + 8, piece));
   } else {
-    const int piece = step_of_box * 4 + lane / 16;
-    weights[0] = LoadMatrices(box + PieceOffset(output + lane % 16, piece));
-    weights[1] = LoadMatrices(box + PieceOffset(output + lane % 16, piece + 2));
+    const int piece = step * 4 + lane / 16;
+    weights[0] = LoadMatrices(stage + PieceOffset(output + lane % 16, piece));
+    weights[1] = LoadMatrices(stage + PieceOffset(output + lane % 16, piece + 2));
   }
 }
 
 template <typename Weight, int kRowTiles>
 __device__ __forceinline__ void LoadActivations(uint32_t stage, int step, uint4 (&x)[kRowTiles]) {
   const int lane = threadIdx.x % kWarpSize;
-  using Ring = DeviceRing<Weight, kRowTiles>;
-  const uint32_t box =
-      stage + Ring::kWeightBoxes * kWeightBoxBytes + step / 2 * Ring::kActivationBoxBytes;
+  using Ring = Ring<Weight, kRowTiles>;
+  const uint32_t box = stage + kWeightBoxBytes + step / 2 * Ring::kActivationBoxBytes;
 #pragma unroll
   for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
     const uint32_t rows = box + row_tile * kTileRows * kBoxRowBytes;
@@ -107,7 +91,7 @@ template <typename T, typename Weight, int kRowTiles, int kStep>
 __device__ __forceinline__ void MultiplySteps(uint32_t stage, uint4 (&weights)[2][2],
                                               uint4 (&x)[2][kRowTiles],
                                               float (&sums)[kRowTiles][4]) {
-  constexpr int kSteps = DeviceRing<Weight, kRowTiles>::kWeightBoxes * kStepsPerBox<Weight>;
+  constexpr int kSteps = kStepsPerBox<Weight>;
   constexpr int kStepsPerLoad = sizeof(Weight) == 1 ? 2 : 1;
   constexpr int kNext = kStep + 1;
   if constexpr (kNext < kSteps) {

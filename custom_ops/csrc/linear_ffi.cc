@@ -65,7 +65,7 @@ ffi::Error LinearImpl(Executor executor, Buffer x, Buffer weight, Buffer weight_
   if (check.failed()) return check.error();
   const int64_t act_dim = num_gelu > 0 ? act->dimensions()[1] : 0;
   if (num_gelu > 0) check.Shape("result act", *act, {rows, act_dim});
-  const bool needs_h = has_layer_norm || has_multiplier;
+  const bool needs_h = has_layer_norm || has_multiplier || is_quantized;
   check.Dtype("result h", *h, {dtype});
   if (needs_h) {
     check.Shape("result h", *h, {rows, k_dim});

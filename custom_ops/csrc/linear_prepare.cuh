@@ -1,4 +1,5 @@
-// What goes ahead of a product: LayerNorm and the multiplier along k, one pass over the activations.
+// What goes ahead of a product: LayerNorm, the multiplier along k and rounding, one pass over the
+// activations.
 #ifndef CUSTOM_OPS_LINEAR_PREPARE_CUH_
 #define CUSTOM_OPS_LINEAR_PREPARE_CUH_
 
@@ -13,7 +14,9 @@ struct PrepareArgs {
   const void* ln_bias;
   const float* k_multiplier;
   void* h;
+  float* x_scale;
   int k_dim;
+  int num_parts;  // of a row, with a scale each; one with LayerNorm
   bool is_x_float32;
   bool prefetch_parameters;
   float epsilon;
@@ -21,8 +24,11 @@ struct PrepareArgs {
 
 constexpr int kPrepareThreads = 512;
 constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
-// Of 8 values a thread that stay in registers; what K has above 4096 is read again.
-constexpr int kPrepareVectors = 1;
+// The first 8 values of a thread stay in registers, up to 4096 of a block; others are read again.
+// Activations that meet an INT8 weight are rounded to 16-bit integers with a scale a row, or a part of
+// a row as the product cuts K (chunks of 128), and kept as two digits of 8 bits, 256 high + low, of
+// which high lies in [-127, 127] and low in [-128, 127].
+constexpr float kLargestInteger = 127 * 256 + 127;
 
 // Number, mean and sum of squared differences from the mean of some values; Chan, Golub and LeVeque
 // 1979. Exact where E[x^2] - E[x]^2 loses the digits of a small spread around a large mean, and one
@@ -59,22 +65,39 @@ struct Moments {
   }
 };
 
-// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row, in f32.
-template <typename T>
+// Combines the values of all threads, for all of them.
+template <typename Combine>
+__device__ __forceinline__ float CombineThreads(float value, Combine combine, float* shared) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  value = shared[threadIdx.x % kPrepareWarps];
+#pragma unroll
+  for (int distance = kPrepareWarps / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  return value;
+}
+
+// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row, in f32; rounded to T,
+// or as digits: h is [2 rows, K] then, row by row the high ones and the low ones.
+template <typename T, bool kHasDigits>
 __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a product's blocks
     PrepareKernel(const __grid_constant__ PrepareArgs args) {
   __shared__ Moments shared[kPrepareWarps];
+  __shared__ float shared_largest[kPrepareWarps];
   LaunchDependents();
-  const int64_t row_begin = static_cast<int64_t>(blockIdx.x) * args.k_dim;
-  const int num_vectors = args.k_dim / 8;
+  const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * args.k_dim;
+  constexpr int kChunkVectors = kBoxRowBytes / 8;
+  const int num_chunks = (args.k_dim + kBoxRowBytes - 1) / kBoxRowBytes;
+  const int part = blockIdx.x;
+  const int first = part * num_chunks / args.num_parts * kChunkVectors + threadIdx.x;
+  const int end = min((part + 1) * num_chunks / args.num_parts * kChunkVectors, args.k_dim / 8);
+  const bool has_first = first < end;
 
-  const auto for_own = [&](auto&& body) {
-#pragma unroll
-    for (int i = 0; i < kPrepareVectors; ++i) {
-      const int vector = i * kPrepareThreads + threadIdx.x;
-      if (vector < num_vectors) body(i, vector);
-    }
-  };
   struct Parameters {
     uint4 scale, bias;
     float4 multipliers[2];
@@ -107,12 +130,12 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
   };
 
   // The parameters come from device memory while the kernel ahead still runs.
-  Parameters kept_parameters[kPrepareVectors];
+  Parameters first_parameters;
   if (!args.prefetch_parameters) WaitForDependency();
-  for_own([&](int i, int vector) { load_parameters(vector, kept_parameters[i]); });
+  if (has_first) load_parameters(first, first_parameters);
   WaitForDependency();
-  float kept[kPrepareVectors][8];
-  for_own([&](int i, int vector) { load(vector, kept[i]); });
+  float first_values[8];
+  if (has_first) load(first, first_values);
 
   float mean = 0.0f;
   float inverse_deviation = 1.0f;
@@ -130,9 +153,8 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
       }
       moments.Add(eight);
     };
-    for_own([&](int i, int) { add(kept[i]); });
-    for (int vector = kPrepareVectors * kPrepareThreads + threadIdx.x; vector < num_vectors;
-         vector += kPrepareThreads) {
+    if (has_first) add(first_values);
+    for (int vector = first + kPrepareThreads; vector < end; vector += kPrepareThreads) {
       float values[8];
       load(vector, values);
       add(values);
@@ -146,51 +168,102 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
     inverse_deviation = rsqrtf(moments.squares / args.k_dim + args.epsilon);
   }
 
-  const auto store = [&](int vector, const float (&values)[8], const Parameters& parameters) {
-    float out[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = (values[i] - mean) * inverse_deviation;
+  const auto normalize = [&](float (&values)[8], const Parameters& parameters) {
     if (args.ln_scale != nullptr) {
       float scale[8], bias[8];
       Unpack<T>(parameters.scale, scale);
       Unpack<T>(parameters.bias, bias);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] = out[i] * scale[i] + bias[i];
+      for (int i = 0; i < 8; ++i) {
+        values[i] = (values[i] - mean) * inverse_deviation * scale[i] + bias[i];
+      }
     }
     if (args.k_multiplier != nullptr) {
       const float4(&m)[2] = parameters.multipliers;
       const float multipliers[8] = {m[0].x, m[0].y, m[0].z, m[0].w, m[1].x, m[1].y, m[1].z, m[1].w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[i] *= multipliers[i];
+      for (int i = 0; i < 8; ++i) values[i] *= multipliers[i];
     }
-    __stcg(reinterpret_cast<uint4*>(static_cast<T*>(args.h) + row_begin) + vector, Pack<T>(out));
   };
-  for_own([&](int i, int vector) { store(vector, kept[i], kept_parameters[i]); });
-  for (int vector = kPrepareVectors * kPrepareThreads + threadIdx.x; vector < num_vectors;
-       vector += kPrepareThreads) {
-    float values[8];
-    Parameters parameters;
-    load(vector, values);
-    load_parameters(vector, parameters);
-    store(vector, values, parameters);
+  if (has_first) normalize(first_values, first_parameters);
+  const auto for_all = [&](auto&& body) {
+    if (has_first) body(first, first_values);
+    for (int vector = first + kPrepareThreads; vector < end; vector += kPrepareThreads) {
+      float values[8];
+      Parameters parameters;
+      load(vector, values);
+      load_parameters(vector, parameters);
+      normalize(values, parameters);
+      body(vector, values);
+    }
+  };
+  if constexpr (kHasDigits) {
+    float largest = 0.0f;
+    for_all([&](int, const float (&values)[8]) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest = Largest()(largest, fabsf(values[i]));
+    });
+    largest = CombineThreads(largest, Largest(), shared_largest);
+    largest += largest - largest;  // NaN if it is not finite, and so is all that the row becomes
+    // Of smaller rows nothing is left, but no more than that is lost.
+    constexpr float kTiny = 1e-30f;
+    largest = largest < kTiny ? kTiny : largest;
+    if (threadIdx.x == 0) {
+      args.x_scale[blockIdx.y * args.num_parts + part] = largest / kLargestInteger;
+    }
+    const float inverse = kLargestInteger / largest;
+    int8_t* const digits = static_cast<int8_t*>(args.h) + 2 * row_begin;
+    for_all([&](int vector, const float (&values)[8]) {
+      uint32_t integers[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) integers[i] = __float2int_rn(values[i] * inverse);
+      const auto pack = [&](int byte, int offset) {
+        uint32_t words[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t selector = byte | (byte + 4) << 4;
+          const uint32_t low =
+              __byte_perm(integers[4 * i] + offset, integers[4 * i + 1] + offset, selector);
+          const uint32_t high =
+              __byte_perm(integers[4 * i + 2] + offset, integers[4 * i + 3] + offset, selector);
+          words[i] = __byte_perm(low, high, 0x5410);
+        }
+        return make_uint2(words[0], words[1]);
+      };
+      __stcg(reinterpret_cast<uint2*>(digits) + vector, pack(1, 128));
+      __stcg(reinterpret_cast<uint2*>(digits + args.k_dim) + vector, pack(0, 0));
+    });
+  } else {
+    for_all([&](int vector, const float (&values)[8]) {
+      __stcg(reinterpret_cast<uint4*>(static_cast<T*>(args.h) + row_begin) + vector,
+             Pack<T>(values));
+    });
   }
 }
 
+// Writes params.h; as digits, with `num_parts` scales for each row, if `x_scale` is there.
 template <typename T>
-const char* LaunchPrepare(const LinearParams& params, cudaStream_t stream) {
-  const KernelTraits& traits = TraitsOf<PrepareKernel<T>>([](bool) { return 0; });
-  if (traits.error != cudaSuccess) return MessageOf(traits.error);
+const char* LaunchPrepare(const LinearParams& params, float* x_scale, int num_parts,
+                          cudaStream_t stream) {
   const PrepareArgs args = {params.x,
                             params.ln_scale,
                             params.ln_bias,
                             params.k_multiplier,
                             params.h,
+                            x_scale,
                             static_cast<int>(params.k_dim),
+                            num_parts,
                             params.x_dtype == DataType::kFloat32,
                             params.prefetch_weight,
                             params.epsilon};
-  return MessageOf(Launch<PrepareKernel<T>>(traits, dim3(static_cast<unsigned>(params.rows)),
-                                            kPrepareThreads, 0, stream, args));
+  const dim3 grid(static_cast<unsigned>(num_parts), static_cast<unsigned>(params.rows));
+  const auto launch = [&](auto has_digits) {
+    constexpr auto kKernel = PrepareKernel<T, decltype(has_digits)::value>;
+    const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
+    if (traits.error != cudaSuccess) return MessageOf(traits.error);
+    return MessageOf(Launch<kKernel>(traits, grid, kPrepareThreads, 0, stream, args));
+  };
+  return x_scale == nullptr ? launch(std::false_type()) : launch(std::true_type());
 }
 
 }  // namespace kogpt

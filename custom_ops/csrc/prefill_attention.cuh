@@ -57,9 +57,7 @@ __device__ __forceinline__ Row ReadRow(const PrefillArgs& args, int row) {
   return result;
 }
 
-// Queries that a block of attention takes, in the code that runs on this device: all kernels of the
-// library are compiled for the same.
-inline bool HasWgmma(const KernelTraits& traits) { return traits.ptx_version == 90; }
+// Queries that a block of attention takes, in the code that runs on this device.
 inline int TileQueries(const KernelTraits& traits) {
   return HasWgmma(traits) ? 2 * kBoxTokens : kBoxTokens;
 }

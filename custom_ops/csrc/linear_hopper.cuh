@@ -1,0 +1,551 @@
+// Decode-sized products on sm_90a: every row of activations meets all of a block's outputs in one
+// instruction (wgmma), so that 64 rows cost what one does, and reading the weight is what remains.
+//
+//   work      tiles of 128, 224 or 256 outputs, and where these are few, parts of their K. How a
+//             weight is cut depends on its shape and the device alone, and nothing in a row's sums
+//             on the other rows.
+//   a tile    goes through a ring in shared memory that one thread fills with tensor copies, 128
+//             bytes of K at a time: the weight before the kernel ahead has ended, the activations
+//             behind it. Two groups of four warps multiply, half of the outputs each; four groups
+//             where the operand has 128 rows.
+//   INT8      meets integers: the tensor cores multiply the weight as it lies by the two digits of
+//             16-bit activations (linear_prepare.cuh), two rows of an operand for a row of x. Sums
+//             are exact.
+//   outputs   go from the sums' registers through the last chunk's place in the ring, so that
+//             all threads share what there is to do, however few the rows.
+//   parts     of K go to scratch; a kernel behind adds them up in order, while the next product's
+//             blocks fill their rings.
+#ifndef CUSTOM_OPS_LINEAR_HOPPER_CUH_
+#define CUSTOM_OPS_LINEAR_HOPPER_CUH_
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "linear_outputs.cuh"
+#include "linear_prepare.cuh"
+#include "wgmma.cuh"
+
+namespace kogpt {
+
+inline constexpr int kWgmmaRows = 64;
+inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kColumnGroups = 2;  // of a tile's outputs, with warpgroups of their own
+inline constexpr int kMaxStages = 16;
+inline constexpr int kStepsPerChunk = 4;  // of 32 bytes of K
+inline constexpr int kStepBytes = 32;
+inline constexpr int kBoxAlignment = 1024;
+// Leaves room beside it for attention, and what goes ahead of the next product.
+inline constexpr int kRingBytes = 203 * 1024;
+inline constexpr int kMaxSplits = 8;
+inline constexpr int kMaxParts = 192;  // tiles times splits, where there are splits
+inline constexpr int kMaxTileOutputs = 256;
+inline constexpr int kSlicePadding = 8;  // columns, so that rows begin in other banks
+// Three warps on a quarter of a multiprocessor leave room for two of attention with 112.
+inline constexpr int kProductRegisters = 96;
+
+struct ProductArgs {
+  CUtensorMap weight_map;
+  CUtensorMap x_map;
+  LinearOutputs outputs;
+  const float* x_scale;  // [rows, x_parts], of INT8
+  float* parts;          // [splits, rows, part_stride]
+  int part_stride;
+  int num_tiles;
+  int num_units;  // tiles times splits
+  int splits;
+  int num_chunks;  // of K
+  int num_stages;
+  int x_bytes;  // of a chunk
+  int x_parts;  // of a row, each with a scale
+  int slice;    // columns that a warpgroup finishes at a time, and the length of their rows in
+  int stride;   // shared memory
+  bool prefetch_weight;
+
+  explicit ProductArgs(const LinearParams& params)
+      : outputs(params), parts(params.partials), prefetch_weight(params.prefetch_weight) {}
+};
+
+// A tile's part of K: chunks [begin, end).
+struct Unit {
+  int tile, split, begin, end;
+
+  __device__ __forceinline__ Unit(const ProductArgs& args, int index)
+      : tile(index % args.num_tiles),
+        split(index / args.num_tiles),
+        begin(split * args.num_chunks / args.splits),
+        end((split + 1) * args.num_chunks / args.splits) {}
+};
+
+#if __CUDA_ARCH__ == 900
+// The stages of the ring in turn.
+struct RingCursor {
+  int index = 0;
+  int parity = 0;  // flips with each time around
+
+  __device__ __forceinline__ void Advance(int num_stages) {
+    if (++index == num_stages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Where a block is in its units' chunks.
+struct ChunkCursor {
+  int index;  // of the unit
+  Unit unit;
+  int chunk;
+
+  __device__ __forceinline__ explicit ChunkCursor(const ProductArgs& args)
+      : index(blockIdx.x), unit(args, index), chunk(unit.begin) {}
+
+  __device__ __forceinline__ bool IsEnd(const ProductArgs& args) const {
+    return index >= args.num_units;
+  }
+  __device__ __forceinline__ void Advance(const ProductArgs& args) {
+    if (++chunk < unit.end) return;
+    index += gridDim.x;
+    unit = Unit(args, index);
+    chunk = unit.begin;
+  }
+};
+
+// Where a chunk's activations and weights are in the ring: those of all stages lie together, so that
+// an instruction that reads 64 rows where fewer are stays within the ring.
+template <int kTileOutputs>
+struct ProductRing {
+  static constexpr int kWeightBytes = kTileOutputs * kBoxRowBytes;
+  uint32_t begin, weights, full, empty;
+  int x_bytes;
+
+  __device__ __forceinline__ ProductRing(const ProductArgs& args, uint32_t shared,
+                                         uint32_t barriers)
+      : begin((shared + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment),
+        weights(begin + args.num_stages * args.x_bytes),
+        full(barriers),
+        empty(barriers + kMaxStages * 8),
+        x_bytes(args.x_bytes) {}
+
+  __device__ __forceinline__ uint32_t X(int stage) const { return begin + stage * x_bytes; }
+  __device__ __forceinline__ uint32_t Weights(int stage) const {
+    return weights + stage * kWeightBytes;
+  }
+  __device__ __forceinline__ uint32_t Full(int stage) const { return full + stage * 8; }
+  __device__ __forceinline__ uint32_t Empty(int stage) const { return empty + stage * 8; }
+};
+
+template <typename Weight, int kTileOutputs>
+__device__ void FillRing(const ProductArgs& args, const ProductRing<kTileOutputs>& ring) {
+  constexpr int kChunkK = kBoxRowBytes / static_cast<int>(sizeof(Weight));
+  const uint64_t policy = EvictFirst();  // what is read once must not drive out what is read again
+  const auto copy_weight = [&](const ChunkCursor& at, int stage) {
+    BarrierArriveExpecting(ring.Full(stage), ring.kWeightBytes + args.x_bytes);
+    CopyBox(ring.Weights(stage), args.weight_map, at.chunk * kChunkK, at.unit.tile * kTileOutputs,
+            ring.Full(stage), policy);
+  };
+  const auto copy_activations = [&](const ChunkCursor& at, int stage) {
+    CopyBox(ring.X(stage), args.x_map, at.chunk * kChunkK, 0, ring.Full(stage));
+  };
+  if (!args.prefetch_weight) WaitForDependency();
+  ChunkCursor weights(args), activations = weights;
+  int num_ahead = 0;
+  for (; num_ahead < args.num_stages && !weights.IsEnd(args); ++num_ahead) {
+    copy_weight(weights, num_ahead);
+    weights.Advance(args);
+  }
+  WaitForDependency();  // before the first activation is read
+  for (int stage = 0; stage < num_ahead; ++stage) {
+    copy_activations(activations, stage);
+    activations.Advance(args);
+  }
+  RingCursor stage;
+  for (; !weights.IsEnd(args); weights.Advance(args)) {
+    BarrierWait(ring.Empty(stage.index), stage.parity);
+    copy_weight(weights, stage.index);
+    copy_activations(weights, stage.index);
+    stage.Advance(args.num_stages);
+  }
+}
+
+// With numbers that the compiler sees: it would set all sixteen aside for one that it does not.
+__device__ __forceinline__ void WarpgroupBarrier(int warpgroup) {
+  switch (warpgroup) {
+    case 0:
+      asm volatile("bar.sync 1, %0;\n" ::"n"(kWarpgroupThreads) : "memory");
+      break;
+    case 1:
+      asm volatile("bar.sync 2, %0;\n" ::"n"(kWarpgroupThreads) : "memory");
+      break;
+    case 2:
+      asm volatile("bar.sync 3, %0;\n" ::"n"(kWarpgroupThreads) : "memory");
+      break;
+    default:
+      asm volatile("bar.sync 4, %0;\n" ::"n"(kWarpgroupThreads) : "memory");
+      break;
+  }
+}
+
+// Calls body(row, column, sums of eight neighbouring columns) for a warpgroup's sums of `x_rows` rows
+// of the operand, which go through shared memory at `staging`, args.slice columns at a time. The code
+// is small, and the sums move down in place of being named one by one, because instructions come from
+// device memory, too, behind all weights that are under way. The sums are gone behind it.
+template <typename Sum, int kColumns, typename Body>
+__device__ __forceinline__ void ForEachVector(const ProductArgs& args, int warpgroup, int x_rows,
+                                              Sum* staging, Sum (&sums)[kColumns / 2],
+                                              Body&& body) {
+  constexpr int kVector = LinearOutputs::kVector;
+  constexpr int kBlock = 16;  // columns
+  constexpr bool kHasDigits = std::is_same_v<Sum, int32_t>;
+  using Two = std::conditional_t<kHasDigits, int2, float2>;
+  using Four = std::conditional_t<kHasDigits, int4, float4>;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp_row = threadIdx.x / kWarpSize % 4 * 16;
+  const int stride = args.stride;
+  Sum* const own = staging + (warp_row + lane / 4) * stride + lane % 4 * 2;
+  int begin = 0;  // of the slice
+#pragma unroll 1
+  for (int column = 0; column < kColumns; column += kBlock) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (warp_row + half * 8 >= x_rows) continue;
+      Sum* const to = own + half * 8 * stride + column - begin;
+      *reinterpret_cast<Two*>(to) = Two{sums[2 * half], sums[2 * half + 1]};
+      *reinterpret_cast<Two*>(to + 8) = Two{sums[2 * half + 4], sums[2 * half + 5]};
+    }
+#pragma unroll
+    for (int i = 0; i + kBlock / 2 < kColumns / 2; ++i) sums[i] = sums[i + kBlock / 2];
+    const int end = column + kBlock;
+    if (end - begin < args.slice && end < kColumns) continue;
+    WarpgroupBarrier(warpgroup);
+    const unsigned vectors = (end - begin) / kVector;  // of a row
+    const unsigned count = (kHasDigits ? x_rows / 2 : x_rows) * vectors;
+    for (unsigned i = threadIdx.x % kWarpgroupThreads; i < count; i += kWarpgroupThreads) {
+      const int row = static_cast<int>(i / vectors);
+      const int first = static_cast<int>(i % vectors) * kVector;
+      const auto load = [&](int x_row, float (&values)[kVector]) {
+        const auto* from = reinterpret_cast<const Four*>(staging + x_row * stride + first);
+        const Four low = from[0], high = from[1];
+        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+      };
+      float values[kVector];
+      if constexpr (kHasDigits) {
+        float low[kVector];
+        load(2 * row, values);
+        load(2 * row + 1, low);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) values[j] = __fmaf_rn(256.0f, values[j], low[j]);
+      } else {
+        load(row, values);
+      }
+      body(row, begin + first, values);
+    }
+    WarpgroupBarrier(warpgroup);
+    begin = end;
+  }
+}
+#endif
+
+// That multiply; kRowTiles: of 64 rows of the activations' operand.
+template <int kRowTiles>
+inline constexpr int kWarpgroups = kColumnGroups * kRowTiles;
+// And a warp that copies.
+template <int kRowTiles>
+inline constexpr int kProductThreads = kWarpgroups<kRowTiles> * kWarpgroupThreads + kWarpSize;
+
+template <typename T, typename Weight, int kTileOutputs, int kRowTiles>
+__global__ void __maxnreg__(kProductRegisters)
+    ProductKernel(const __grid_constant__ ProductArgs args) {
+#if __CUDA_ARCH__ == 900
+  constexpr bool kIsInt8 = sizeof(Weight) == 1;
+  using Sum = std::conditional_t<kIsInt8, int32_t, float>;
+  constexpr int kGroups = kWarpgroups<kRowTiles>;
+  constexpr int kColumns = kTileOutputs / kColumnGroups;
+  constexpr int kTileRows = kIsInt8 ? kWgmmaRows / 2 : kWgmmaRows;  // of x
+  constexpr int kVector = LinearOutputs::kVector;
+  extern __shared__ unsigned char shared[];
+  __shared__ uint64_t barriers[2 * kMaxStages];
+  // Of the outputs and rows of a unit and the one before it.
+  __shared__ float scales[2][kTileOutputs], biases[2][kTileOutputs];
+  __shared__ float x_scales[2][kGroups][kTileRows];
+  const ProductRing<kTileOutputs> ring(args, SharedAddress(shared), SharedAddress(barriers));
+  const int warpgroup = Uniform(threadIdx.x / kWarpgroupThreads);
+  const int thread = threadIdx.x % kWarpgroupThreads;
+
+  LaunchDependents();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < args.num_stages; ++i) {
+      BarrierInit(ring.Full(i), 1);
+      BarrierInit(ring.Empty(i), kGroups);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+  }
+  __syncthreads();
+  if (warpgroup == kGroups) {
+    if (thread == 0) FillRing<Weight, kTileOutputs>(args, ring);
+    return;
+  }
+  WaitForDependency();  // before anything is read that a kernel ahead writes, or written
+
+  const int first_column = warpgroup % kColumnGroups * kColumns;
+  const int row_tile = warpgroup / kColumnGroups;
+  const int first_row = row_tile * kTileRows;
+  const LinearOutputs& outputs = args.outputs;
+  const int num_rows = min(outputs.rows - first_row, kTileRows);
+  const auto release = [&](int stage) {
+    if (thread == 0) BarrierArrive(ring.Empty(stage));
+  };
+  RingCursor stage;
+  int parity = 0;  // of the units
+  for (int index = blockIdx.x; index < args.num_units; index += gridDim.x, parity ^= 1) {
+    const Unit unit(args, index);
+    const int first_output = unit.tile * kTileOutputs;
+    if (args.splits == 1 && thread < kColumns) {
+      const int column = first_column + thread;
+      scales[parity][column] = outputs.Scale(first_output + column);
+      biases[parity][column] = outputs.Bias<T>(first_output + column);
+    }
+    if (kIsInt8 && thread < num_rows) {
+      const int part = args.x_parts == 1 ? 0 : unit.split;
+      x_scales[parity][warpgroup][thread] =
+          __ldcg(args.x_scale + (first_row + thread) * args.x_parts + part);
+    }
+    Sum sums[kColumns / 2];
+    int last_stage = 0;
+    for (int chunk = unit.begin; chunk < unit.end; ++chunk) {
+      BarrierWait(ring.Full(stage.index), stage.parity);
+      WgmmaFence();
+#pragma unroll
+      for (int step = 0; step < kStepsPerChunk; ++step) {
+        const uint64_t a = DescribeAlongK(ring.X(stage.index) +
+                                          row_tile * kWgmmaRows * kBoxRowBytes + step * kStepBytes);
+        const uint64_t b = DescribeAlongK(ring.Weights(stage.index) + first_column * kBoxRowBytes +
+                                          step * kStepBytes);
+        WgmmaShared<Weight, kColumns>::Run(sums, a, b, chunk > unit.begin || step > 0);
+      }
+      WgmmaCommit();
+      if (chunk > unit.begin) {
+        WgmmaWait<1>();
+        release(last_stage);
+      }
+      last_stage = stage.index;
+      stage.Advance(args.num_stages);
+    }
+    WgmmaWait<0>();
+    WgmmaKeep(sums);
+
+    // All groups are done with the last chunk's weights, whose place serves until the outputs are
+    // written; and the scales and biases are there.
+    if constexpr (kRowTiles == 1) {
+      WarpgroupBarrier(warpgroup);
+    } else {
+      asm volatile("bar.sync 5, %0;\n" ::"n"(kGroups * kWarpgroupThreads) : "memory");
+    }
+    const auto for_each = [&](auto&& body) {
+      unsigned char* const weights =
+          shared + (ring.Weights(last_stage) - SharedAddress(shared)) +
+          (first_column + row_tile * kColumns / kRowTiles) * kBoxRowBytes;
+      const int x_rows = (kIsInt8 ? 2 : 1) * num_rows;
+      ForEachVector<Sum, kColumns>(args, warpgroup, x_rows, reinterpret_cast<Sum*>(weights), sums,
+                                   [&](int row, int column, float (&values)[kVector]) {
+                                     if constexpr (kIsInt8) {
+                                       const float scale = x_scales[parity][warpgroup][row];
+#pragma unroll
+                                       for (int i = 0; i < kVector; ++i) values[i] *= scale;
+                                     }
+                                     body(first_row + row, first_column + column, values);
+                                   });
+    };
+    if (args.splits > 1) {
+      float* const part = args.parts + first_output +
+                          static_cast<int64_t>(unit.split) * outputs.rows * args.part_stride;
+      for_each([&](int row, int column, const float (&values)[kVector]) {
+        auto* const to =
+            reinterpret_cast<float4*>(part + static_cast<int64_t>(row) * args.part_stride + column);
+        __stcg(to, make_float4(values[0], values[1], values[2], values[3]));
+        __stcg(to + 1, make_float4(values[4], values[5], values[6], values[7]));
+      });
+    } else {
+      for_each([&](int row, int column, float (&values)[kVector]) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          values[i] = values[i] * scales[parity][column + i] + biases[parity][column + i];
+        }
+        outputs.StoreVector<T>(row, first_output + column, values);
+      });
+    }
+    FenceForAsync();
+    WarpgroupBarrier(warpgroup);
+    release(last_stage);
+  }
+#endif
+}
+
+struct AddPartsArgs {
+  LinearOutputs outputs;
+  const float* parts;
+  int part_stride;
+  int splits;
+  bool prefetch_terms;
+};
+
+inline constexpr int kAddThreads = 128;
+
+// Adds up the parts of K, in order.
+template <typename T>
+__global__ void __launch_bounds__(kAddThreads) AddPartsKernel(const AddPartsArgs args) {
+  LaunchDependents();
+  const LinearOutputs& outputs = args.outputs;
+  const int row = blockIdx.y;
+  constexpr int kVector = LinearOutputs::kVector;
+  const int m = (blockIdx.x * kAddThreads + threadIdx.x) * kVector;
+  if (!args.prefetch_terms) WaitForDependency();
+  float scale[kVector], bias[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    scale[i] = outputs.Scale(m + i);
+    bias[i] = outputs.Bias<T>(m + i);
+  }
+  WaitForDependency();
+  if (m >= outputs.num_outputs) return;
+  const float* from = args.parts + static_cast<int64_t>(row) * args.part_stride + m;
+  float4 parts[kMaxSplits][2];
+#pragma unroll
+  for (int split = 0; split < kMaxSplits; ++split) {
+    if (split == args.splits) break;
+    parts[split][0] = __ldcg(reinterpret_cast<const float4*>(from));
+    parts[split][1] = __ldcg(reinterpret_cast<const float4*>(from) + 1);
+    from += static_cast<int64_t>(outputs.rows) * args.part_stride;
+  }
+  float sums[kVector] = {};
+#pragma unroll
+  for (int split = 0; split < kMaxSplits; ++split) {
+    if (split == args.splits) break;
+    const float4 low = parts[split][0], high = parts[split][1];
+    sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
+    sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) sums[i] = sums[i] * scale[i] + bias[i];
+  outputs.StoreVector<T>(row, m, sums);
+}
+
+// Of 128 bytes of the weight's K each.
+inline int64_t NumChunks(const LinearParams& params) {
+  const int64_t bytes = params.k_dim * (params.weight_dtype == DataType::kInt8 ? 1 : 2);
+  return (bytes + kBoxRowBytes - 1) / kBoxRowBytes;
+}
+
+// How a weight is cut for a device: into tiles of so many outputs, and those into parts of K.
+struct Cut {
+  int tile_outputs = 128;
+  int splits = 1;
+};
+
+inline Cut ChooseCut(int64_t num_outputs, int64_t num_chunks, int num_multiprocessors) {
+  Cut best;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (const int tile_outputs : {224, 256, 128}) {
+    const int64_t tiles = (num_outputs + tile_outputs - 1) / tile_outputs;
+    for (int splits = 1; splits <= kMaxSplits && splits <= num_chunks; splits *= 2) {
+      const int64_t units = tiles * splits;
+      if (splits > 1 && units > std::min(num_multiprocessors, kMaxParts)) continue;
+      const int64_t waves = (units + num_multiprocessors - 1) / num_multiprocessors;
+      // Rows of 128 bytes that a multiprocessor reads of the weight, and as many as its part costs.
+      const int64_t rows = waves * tile_outputs * ((num_chunks + splits - 1) / splits) +
+                           (splits > 1 ? 4 * tile_outputs : 0);
+      if (rows < least) {
+        least = rows;
+        best = {tile_outputs, splits};
+      }
+    }
+  }
+  return best;
+}
+
+template <typename T, typename Weight, int kTileOutputs, int kRowTiles>
+const char* LaunchProduct(const LinearParams& params, const void* x, const float* x_scale,
+                          int x_parts, int splits, cudaStream_t stream) {
+  constexpr auto kKernel = ProductKernel<T, Weight, kTileOutputs, kRowTiles>;
+  constexpr int kSharedBytes = kRingBytes + kBoxAlignment;
+  const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return kSharedBytes; });
+  if (traits.error != cudaSuccess) return MessageOf(traits.error);
+  const int64_t x_rows = (sizeof(Weight) == 1 ? 2 : 1) * params.rows;
+  const int box_rows = static_cast<int>((x_rows + 7) / 8 * 8);
+  ProductArgs args(params);
+  args.x_scale = x_scale;
+  const char* error = DescribeBoxes(&args.weight_map, params.weight, params.num_outputs,
+                                    params.k_dim, sizeof(Weight), kTileOutputs);
+  if (error == nullptr) {
+    error = DescribeBoxes(&args.x_map, x, x_rows, params.k_dim, sizeof(Weight), box_rows);
+  }
+  if (error != nullptr) return error;
+  const int64_t tiles = (params.num_outputs + kTileOutputs - 1) / kTileOutputs;
+  args.part_stride = static_cast<int>(tiles * kTileOutputs);
+  args.num_tiles = static_cast<int>(tiles);
+  args.num_units = args.num_tiles * splits;
+  args.splits = splits;
+  args.num_chunks = static_cast<int>(NumChunks(params));
+  args.x_bytes = box_rows * kBoxRowBytes;
+  args.x_parts = x_parts;
+  args.num_stages = std::min(kMaxStages, kRingBytes / (kTileOutputs * kBoxRowBytes + args.x_bytes));
+  // As many blocks of 16 columns as a warpgroup's share of a chunk's weights has room for.
+  const int tile_rows = std::min(box_rows, kWgmmaRows);
+  const int room = kTileOutputs * kBoxRowBytes / kWarpgroups<kRowTiles> / (tile_rows * 4);
+  args.slice = std::max((room - kSlicePadding) / 16 * 16, 16);
+  args.stride = std::min(args.slice + kSlicePadding, room);
+  const int grid = std::min(args.num_units, traits.num_multiprocessors);
+  error = MessageOf(
+      Launch<kKernel>(traits, dim3(grid), kProductThreads<kRowTiles>, kSharedBytes, stream, args));
+  if (error != nullptr || splits == 1) return error;
+  constexpr auto kAddKernel = AddPartsKernel<T>;
+  const KernelTraits& add_traits = TraitsOf<kAddKernel>([](bool) { return 0; });
+  if (add_traits.error != cudaSuccess) return MessageOf(add_traits.error);
+  const int per_block = kAddThreads * LinearOutputs::kVector;
+  const dim3 add_grid(static_cast<unsigned>((params.num_outputs + per_block - 1) / per_block),
+                      static_cast<unsigned>(params.rows));
+  const AddPartsArgs add_args = {args.outputs, args.parts, args.part_stride, splits,
+                                 params.prefetch_weight};
+  return MessageOf(Launch<kAddKernel>(add_traits, add_grid, kAddThreads, 0, stream, add_args));
+}
+
+// Where the scales of the rows are, behind the parts.
+inline int64_t PartsSize(int64_t rows) { return int64_t{kMaxParts} * kMaxTileOutputs * rows; }
+
+template <typename T, typename Weight>
+const char* LaunchHopper(const LinearParams& params, int num_multiprocessors, cudaStream_t stream) {
+  constexpr bool kIsInt8 = sizeof(Weight) == 1;
+  const Cut cut = ChooseCut(params.num_outputs, NumChunks(params), num_multiprocessors);
+  const void* x = params.x;
+  float* const x_scale = kIsInt8 ? params.partials + PartsSize(params.rows) : nullptr;
+  const bool has_layer_norm = params.ln_scale != nullptr;
+  const int x_parts = kIsInt8 && !has_layer_norm ? cut.splits : 1;
+  if (has_layer_norm || params.k_multiplier != nullptr || kIsInt8) {
+    if (const char* error = LaunchPrepare<T>(params, x_scale, x_parts, stream)) return error;
+    x = params.h;
+  }
+  const auto launch = [&](auto tile_outputs) {
+    constexpr int kTileOutputs = decltype(tile_outputs)::value;
+    if constexpr (kIsInt8) {
+      if (params.rows > kWgmmaRows / 2) {
+        return LaunchProduct<T, Weight, kTileOutputs, 2>(params, x, x_scale, x_parts, cut.splits,
+                                                         stream);
+      }
+    }
+    return LaunchProduct<T, Weight, kTileOutputs, 1>(params, x, x_scale, x_parts, cut.splits,
+                                                     stream);
+  };
+  switch (cut.tile_outputs) {
+    case 128:
+      return launch(std::integral_constant<int, 128>());
+    case 224:
+      return launch(std::integral_constant<int, 224>());
+    default:
+      return launch(std::integral_constant<int, 256>());
+  }
+}
+
+}  // namespace kogpt
+
+#endif  // CUSTOM_OPS_LINEAR_HOPPER_CUH_
