@@ -20,9 +20,8 @@ from custom_ops.semaphores import check_semaphores
 # Rows of a call with implementation "ffi"; the reference takes any number.
 MAX_ROWS = 64
 
-# The scratch of the CUDA kernels: for each of at most 192 blocks a tile of 256 outputs by the rows, padded, and the
-# rows' scales.
-_PARTIALS_PER_ROW = 192 * 256 + 1
+# The scratch of the CUDA kernels, for each row, padded: a tile of 256 outputs of at most 192 blocks, and 8 scales.
+_PARTIALS_PER_ROW = 192 * 256 + 8
 _PADDED_ROWS = (8, 16, 32, 64)
 
 

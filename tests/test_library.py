@@ -250,7 +250,7 @@ def make_operands(target):
             "result y": (f32, 2, 16),
             "result act": (bf16, 2, 40),
             "result h": (bf16, 2, 32),
-            "result partials": (f32, 192 * 128 * 8),
+            "result partials": (f32, (192 * 256 + 8) * 8),
             "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
         },
         "kogpt_decode_attention": {

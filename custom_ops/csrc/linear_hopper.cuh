@@ -4,9 +4,9 @@
 //   work      tiles of 128, 224 or 256 outputs, and where these are few, parts of their K. How a
 //             weight is cut depends on its shape and the device alone, and nothing in a row's sums
 //             on the other rows.
-//   a tile    goes through a ring in shared memory that one thread fills with tensor copies, 128
-//             bytes of K at a time: the weight before the kernel ahead has ended, the activations
-//             behind it. Two groups of four warps multiply, half of the outputs each; four groups
+//   a tile    goes through a ring in shared memory that two threads fill with tensor copies, 128
+//             bytes of K at a time: one the weight before the kernel ahead has ended, the other the
+//             activations behind it. Two groups of four warps multiply, half of the outputs each; four groups
 //             where the operand has 128 rows.
 //   INT8      meets integers: the tensor cores multiply the weight as it lies by the two digits of
 //             16-bit activations (linear_prepare.cuh), two rows of an operand for a row of x. Sums
@@ -37,6 +37,7 @@ inline constexpr int kStepBytes = 32;
 inline constexpr int kBoxAlignment = 1024;
 // Leaves room beside it for attention, and what goes ahead of the next product.
 inline constexpr int kRingBytes = 203 * 1024;
+inline constexpr int kUnderWayBytes = 64 * 1024;  // of a block's weights at a time
 inline constexpr int kMaxSplits = 8;
 inline constexpr int kMaxParts = 192;  // tiles times splits, where there are splits
 inline constexpr int kMaxTileOutputs = 256;
@@ -56,10 +57,11 @@ struct ProductArgs {
   int splits;
   int num_chunks;  // of K
   int num_stages;
-  int x_bytes;  // of a chunk
-  int x_parts;  // of a row, each with a scale
-  int slice;    // columns that a warpgroup finishes at a time, and the length of their rows in
-  int stride;   // shared memory
+  int max_under_way;  // of stages' weights
+  int x_bytes;        // of a chunk
+  int x_parts;        // of a row, each with a scale
+  int slice;   // columns that a warpgroup finishes at a time, and the length of their rows in
+  int stride;  // shared memory
   bool prefetch_weight;
 
   explicit ProductArgs(const LinearParams& params)
@@ -91,81 +93,81 @@ struct RingCursor {
   }
 };
 
-// Where a block is in its units' chunks.
-struct ChunkCursor {
-  int index;  // of the unit
-  Unit unit;
-  int chunk;
-
-  __device__ __forceinline__ explicit ChunkCursor(const ProductArgs& args)
-      : index(blockIdx.x), unit(args, index), chunk(unit.begin) {}
-
-  __device__ __forceinline__ bool IsEnd(const ProductArgs& args) const {
-    return index >= args.num_units;
-  }
-  __device__ __forceinline__ void Advance(const ProductArgs& args) {
-    if (++chunk < unit.end) return;
-    index += gridDim.x;
-    unit = Unit(args, index);
-    chunk = unit.begin;
-  }
-};
-
 // Where a chunk's activations and weights are in the ring: those of all stages lie together, so that
 // an instruction that reads 64 rows where fewer are stays within the ring.
 template <int kTileOutputs>
 struct ProductRing {
   static constexpr int kWeightBytes = kTileOutputs * kBoxRowBytes;
-  uint32_t begin, weights, full, empty;
+  uint32_t begin, weights, barriers;
   int x_bytes;
 
   __device__ __forceinline__ ProductRing(const ProductArgs& args, uint32_t shared,
-                                         uint32_t barriers)
+                                         uint32_t barriers_in)
       : begin((shared + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment),
         weights(begin + args.num_stages * args.x_bytes),
-        full(barriers),
-        empty(barriers + kMaxStages * 8),
+        barriers(barriers_in),
         x_bytes(args.x_bytes) {}
 
   __device__ __forceinline__ uint32_t X(int stage) const { return begin + stage * x_bytes; }
   __device__ __forceinline__ uint32_t Weights(int stage) const {
     return weights + stage * kWeightBytes;
   }
-  __device__ __forceinline__ uint32_t Full(int stage) const { return full + stage * 8; }
-  __device__ __forceinline__ uint32_t Empty(int stage) const { return empty + stage * 8; }
+  // Barriers: what was copied is there, and all groups are done with a stage.
+  __device__ __forceinline__ uint32_t FullX(int stage) const { return barriers + stage * 24; }
+  __device__ __forceinline__ uint32_t FullWeights(int stage) const {
+    return barriers + stage * 24 + 8;
+  }
+  __device__ __forceinline__ uint32_t Empty(int stage) const { return barriers + stage * 24 + 16; }
 };
 
+// Calls copy(chunk of K, tile, stage) for all of a block's chunks, once their places are free.
+template <typename Ring, typename Copy>
+__device__ __forceinline__ void ForEachChunk(const ProductArgs& args, const Ring& ring,
+                                             Copy&& copy) {
+  RingCursor stage;
+  bool is_around = false;
+  for (int index = blockIdx.x; index < args.num_units; index += gridDim.x) {
+    const Unit unit(args, index);
+    for (int chunk = unit.begin; chunk < unit.end; ++chunk) {
+      if (is_around) BarrierWait(ring.Empty(stage.index), stage.parity ^ 1);
+      copy(chunk, unit.tile, stage);
+      stage.Advance(args.num_stages);
+      is_around = is_around || stage.index == 0;
+    }
+  }
+}
+
+// One thread. No more than what saturates device memory is under way at a time: what a small kernel
+// reads meanwhile, attention ahead of this product above all, waits behind it.
 template <typename Weight, int kTileOutputs>
-__device__ void FillRing(const ProductArgs& args, const ProductRing<kTileOutputs>& ring) {
+__device__ void CopyWeights(const ProductArgs& args, const ProductRing<kTileOutputs>& ring) {
   constexpr int kChunkK = kBoxRowBytes / static_cast<int>(sizeof(Weight));
   const uint64_t policy = EvictFirst();  // what is read once must not drive out what is read again
-  const auto copy_weight = [&](const ChunkCursor& at, int stage) {
-    BarrierArriveExpecting(ring.Full(stage), ring.kWeightBytes + args.x_bytes);
-    CopyBox(ring.Weights(stage), args.weight_map, at.chunk * kChunkK, at.unit.tile * kTileOutputs,
-            ring.Full(stage), policy);
-  };
-  const auto copy_activations = [&](const ChunkCursor& at, int stage) {
-    CopyBox(ring.X(stage), args.x_map, at.chunk * kChunkK, 0, ring.Full(stage));
-  };
   if (!args.prefetch_weight) WaitForDependency();
-  ChunkCursor weights(args), activations = weights;
-  int num_ahead = 0;
-  for (; num_ahead < args.num_stages && !weights.IsEnd(args); ++num_ahead) {
-    copy_weight(weights, num_ahead);
-    weights.Advance(args);
-  }
-  WaitForDependency();  // before the first activation is read
-  for (int stage = 0; stage < num_ahead; ++stage) {
-    copy_activations(activations, stage);
-    activations.Advance(args);
-  }
-  RingCursor stage;
-  for (; !weights.IsEnd(args); weights.Advance(args)) {
-    BarrierWait(ring.Empty(stage.index), stage.parity);
-    copy_weight(weights, stage.index);
-    copy_activations(weights, stage.index);
-    stage.Advance(args.num_stages);
-  }
+  RingCursor arrived;
+  int num_under_way = 0;
+  ForEachChunk(args, ring, [&](int chunk, int tile, const RingCursor& stage) {
+    if (num_under_way < args.max_under_way) {
+      ++num_under_way;
+    } else {
+      BarrierWait(ring.FullWeights(arrived.index), arrived.parity);
+      arrived.Advance(args.num_stages);
+    }
+    BarrierArriveExpecting(ring.FullWeights(stage.index), ring.kWeightBytes);
+    CopyBox(ring.Weights(stage.index), args.weight_map, chunk * kChunkK, tile * kTileOutputs,
+            ring.FullWeights(stage.index), policy);
+  });
+}
+
+// One thread.
+template <typename Weight, int kTileOutputs>
+__device__ void CopyActivations(const ProductArgs& args, const ProductRing<kTileOutputs>& ring) {
+  constexpr int kChunkK = kBoxRowBytes / static_cast<int>(sizeof(Weight));
+  WaitForDependency();
+  ForEachChunk(args, ring, [&](int chunk, int, const RingCursor& stage) {
+    BarrierArriveExpecting(ring.FullX(stage.index), args.x_bytes);
+    CopyBox(ring.X(stage.index), args.x_map, chunk * kChunkK, 0, ring.FullX(stage.index));
+  });
 }
 
 // With numbers that the compiler sees: it would set all sixteen aside for one that it does not.
@@ -250,9 +252,9 @@ __device__ __forceinline__ void ForEachVector(const ProductArgs& args, int warpg
 // That multiply; kRowTiles: of 64 rows of the activations' operand.
 template <int kRowTiles>
 inline constexpr int kWarpgroups = kColumnGroups * kRowTiles;
-// And a warp that copies.
+// And two warps that copy.
 template <int kRowTiles>
-inline constexpr int kProductThreads = kWarpgroups<kRowTiles> * kWarpgroupThreads + kWarpSize;
+inline constexpr int kProductThreads = kWarpgroups<kRowTiles> * kWarpgroupThreads + 2 * kWarpSize;
 
 template <typename T, typename Weight, int kTileOutputs, int kRowTiles>
 __global__ void __maxnreg__(kProductRegisters)
@@ -265,7 +267,7 @@ __global__ void __maxnreg__(kProductRegisters)
   constexpr int kTileRows = kIsInt8 ? kWgmmaRows / 2 : kWgmmaRows;  // of x
   constexpr int kVector = LinearOutputs::kVector;
   extern __shared__ unsigned char shared[];
-  __shared__ uint64_t barriers[2 * kMaxStages];
+  __shared__ uint64_t barriers[3 * kMaxStages];
   // Of the outputs and rows of a unit and the one before it.
   __shared__ float scales[2][kTileOutputs], biases[2][kTileOutputs];
   __shared__ float x_scales[2][kGroups][kTileRows];
@@ -276,14 +278,16 @@ __global__ void __maxnreg__(kProductRegisters)
   LaunchDependents();
   if (threadIdx.x == 0) {
     for (int i = 0; i < args.num_stages; ++i) {
-      BarrierInit(ring.Full(i), 1);
+      BarrierInit(ring.FullX(i), 1);
+      BarrierInit(ring.FullWeights(i), 1);
       BarrierInit(ring.Empty(i), kGroups);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   }
   __syncthreads();
   if (warpgroup == kGroups) {
-    if (thread == 0) FillRing<Weight, kTileOutputs>(args, ring);
+    if (thread == 0) CopyWeights<Weight, kTileOutputs>(args, ring);
+    if (thread == kWarpSize) CopyActivations<Weight, kTileOutputs>(args, ring);
     return;
   }
   WaitForDependency();  // before anything is read that a kernel ahead writes, or written
@@ -314,7 +318,8 @@ __global__ void __maxnreg__(kProductRegisters)
     Sum sums[kColumns / 2];
     int last_stage = 0;
     for (int chunk = unit.begin; chunk < unit.end; ++chunk) {
-      BarrierWait(ring.Full(stage.index), stage.parity);
+      BarrierWait(ring.FullWeights(stage.index), stage.parity);
+      BarrierWait(ring.FullX(stage.index), stage.parity);
       WgmmaFence();
 #pragma unroll
       for (int step = 0; step < kStepsPerChunk; ++step) {
@@ -490,6 +495,7 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const float
   args.x_bytes = box_rows * kBoxRowBytes;
   args.x_parts = x_parts;
   args.num_stages = std::min(kMaxStages, kRingBytes / (kTileOutputs * kBoxRowBytes + args.x_bytes));
+  args.max_under_way = std::max(2, kUnderWayBytes / (kTileOutputs * kBoxRowBytes));
   // As many blocks of 16 columns as a warpgroup's share of a chunk's weights has room for.
   const int tile_rows = std::min(box_rows, kWgmmaRows);
   const int room = kTileOutputs * kBoxRowBytes / kWarpgroups<kRowTiles> / (tile_rows * 4);
