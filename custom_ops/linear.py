@@ -73,9 +73,9 @@ def linear(
             `decode_attention`: zeros with "reference", undefined with "ffi".
         out_dtype: of y, dtype (the default) or f32; with ``residual`` always f32.
         semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
-        prefetch_weight: promises that the weight, bias, ``layer_norm``'s arrays and ``k_multiplier`` are arguments of the
-            jitted function whose values were there before the call (`jax.block_until_ready`), not what an operation of
-            the same program, or of the one just ahead, has made: the CUDA kernels then fetch them while the kernel
+        prefetch_weight: promises that the weight, bias, ``layer_norm``'s arrays and ``k_multiplier`` are arguments of
+            the jitted function whose values were there before the call (`jax.block_until_ready`), not what an operation
+            of the same program, or of the one just ahead, has made: the CUDA kernels then fetch them while the kernel
             ahead is still running. If the promise is broken the result is undefined. The others ignore it.
         implementation: "reference" (`jax.numpy`: any number of rows, any K), or "ffi": 1 to 64 rows; K a multiple of
             8, of 16 with INT8; fp16 and bf16 on CUDA, f32 too on a CPU.
