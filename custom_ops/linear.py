@@ -58,7 +58,8 @@ def linear(
 
     Beside an INT8 weight in 16 bits, the CUDA kernels for sm_90a round h to 16-bit integers in place of dtype, of which
     a row's largest |h| (or of a part of its K) becomes 32639: INT8 tensor cores multiply their two digits by the weight
-    as it lies, and the sums are exact. That rounds by at most 2^-16 of the largest |h|, bf16 by 2^-9 of each value.
+    as it lies, and the sums are exact. That rounds by at most 2^-16 of the largest |h|, bf16 by 2^-9 of each value. A
+    row with an infinity becomes NaN; one below 1e-30 is rounded as if that were its largest; K is at most 131056.
 
     Args:
         x: activations; in dtype, or in f32 with ``layer_norm``.
@@ -73,10 +74,10 @@ def linear(
             `decode_attention`: zeros with "reference", undefined with "ffi".
         out_dtype: of y, dtype (the default) or f32; with ``residual`` always f32.
         semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
-        prefetch_weight: promises that the weight, bias, ``layer_norm``'s arrays and ``k_multiplier`` are arguments of
-            the jitted function whose values were there before the call (`jax.block_until_ready`), not what an operation
-            of the same program, or of the one just ahead, has made: the CUDA kernels then fetch them while the kernel
-            ahead is still running. If the promise is broken the result is undefined. The others ignore it.
+        prefetch_weight: promises that the weight, its scale, bias, ``layer_norm``'s arrays and ``k_multiplier`` are
+            arguments of the jitted function whose values were there before the call (`jax.block_until_ready`), not what
+            an operation of the same program, or of the one just ahead, has made: the CUDA kernels then fetch them while
+            the kernel ahead is still running. If the promise is broken the result is undefined. The others ignore it.
         implementation: "reference" (`jax.numpy`: any number of rows, any K), or "ffi": 1 to 64 rows; K a multiple of
             8, of 16 with INT8; fp16 and bf16 on CUDA, f32 too on a CPU.
 

@@ -19,6 +19,10 @@ const char* CheckLinear(const LinearParams& params) {
   const int64_t num_gelu = params.num_outputs - params.gelu_from;
   if (params.rows < 1 || params.rows > kLinearMaxRows) return "x must have 1 to 64 rows";
   if (params.num_outputs < 1) return "weight must have at least one output";
+  constexpr int64_t kMaxExtent = int64_t{1} << 30;  // sizes are 32-bit integers in the kernels
+  if (params.num_outputs > kMaxExtent || params.k_dim > kMaxExtent) {
+    return "weight must have at most 2^30 outputs, and K";
+  }
   if (params.k_dim < 1 || params.k_dim % (is_int8 ? 16 : 8) != 0) {
     return is_int8 ? "K must be a multiple of 16 with an INT8 weight" : "K must be a multiple of 8";
   }

@@ -1,7 +1,8 @@
 // Decode-sized products, bound by reading the weight once: linear_hopper.cuh on sm_90a,
 // linear_portable.cuh elsewhere, behind what goes ahead of a product (linear_prepare.cuh).
 //
-// Limits: K a multiple of 8 (16 with an INT8 weight), 16-bit activations.
+// Limits: K a multiple of 8 (16 with an INT8 weight, and there on sm_90a at most 131056), 16-bit
+// activations.
 
 #include "linear_hopper.cuh"
 #include "linear_portable.cuh"

@@ -51,7 +51,7 @@ struct LinearParams {
   void* h;
   float* partials;
   int64_t partials_bytes;
-  int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA only
+  int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA, but sm_90a
 
   // Weight, its scale, bias, LayerNorm's scale and bias, and multiplier may be read before the kernels
   // ahead in the stream have finished.

@@ -13,7 +13,7 @@
 
 namespace kogpt {
 
-inline constexpr int kWarps = 8;  // that multiply
+inline constexpr int kWarps = 8;
 inline constexpr int kThreads = kWarps * kWarpSize;
 inline constexpr int kWarpOutputs = 16;  // of one m16n8k16
 inline constexpr int kTileOutputs = kWarps * kWarpOutputs;

@@ -5,9 +5,9 @@
 //             weight is cut depends on its shape and the device alone, and nothing in a row's sums
 //             on the other rows.
 //   a tile    goes through a ring in shared memory that two threads fill with tensor copies, 128
-//             bytes of K at a time: one the weight before the kernel ahead has ended, the other the
-//             activations behind it. Two groups of four warps multiply, half of the outputs each; four groups
-//             where the operand has 128 rows.
+//             bytes of K at a time: one the weight before the kernel ahead has ended, the other
+//             the activations behind it. Two groups of four warps multiply, half of the outputs
+//             each; four groups where the operand has 128 rows.
 //   INT8      meets integers: the tensor cores multiply the weight as it lies by the two digits of
 //             16-bit activations (linear_prepare.cuh), two rows of an operand for a row of x. Sums
 //             are exact.
@@ -522,6 +522,10 @@ inline int64_t PartsSize(int64_t rows) { return int64_t{kMaxParts} * kMaxTileOut
 template <typename T, typename Weight>
 const char* LaunchHopper(const LinearParams& params, int num_multiprocessors, cudaStream_t stream) {
   constexpr bool kIsInt8 = sizeof(Weight) == 1;
+  constexpr int64_t kMaxInt8K = 131056;  // times 128 times 128 fits 32 bits
+  if (kIsInt8 && params.k_dim > kMaxInt8K) {
+    return "linear on sm_90a takes a K of at most 131056 with an INT8 weight";
+  }
   const Cut cut = ChooseCut(params.num_outputs, NumChunks(params), num_multiprocessors);
   const void* x = params.x;
   float* const x_scale = kIsInt8 ? params.partials + PartsSize(params.rows) : nullptr;

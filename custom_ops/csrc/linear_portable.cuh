@@ -200,6 +200,7 @@ template <typename T, typename Weight, int kRowTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     LinearKernel(const __grid_constant__ KernelArgs args) {
 #if __CUDA_ARCH__ != 900
+  WaitForDependency();  // compiled for newer GPUs, it is launched early
   extern __shared__ unsigned char shared[];
   using Ring = Ring<Weight, kRowTiles>;
   const uint32_t ring =

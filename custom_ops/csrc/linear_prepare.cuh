@@ -25,6 +25,7 @@ struct PrepareArgs {
 constexpr int kPrepareThreads = 512;
 constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
 // The first 8 values of a thread stay in registers, up to 4096 of a block; others are read again.
+
 // Activations that meet an INT8 weight are rounded to 16-bit integers with a scale a row, or a part of
 // a row as the product cuts K (chunks of 128), and kept as two digits of 8 bits, 256 high + low, of
 // which high lies in [-127, 127] and low in [-128, 127].
@@ -82,8 +83,8 @@ __device__ __forceinline__ float CombineThreads(float value, Combine combine, fl
   return value;
 }
 
-// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row, in f32; rounded to T,
-// or as digits: h is [2 rows, K] then, row by row the high ones and the low ones.
+// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row or part of one, in f32;
+// rounded to T, or as digits: h is [2 rows, K] then, row by row the high ones and the low ones.
 template <typename T, bool kHasDigits>
 __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a product's blocks
     PrepareKernel(const __grid_constant__ PrepareArgs args) {

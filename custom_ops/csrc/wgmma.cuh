@@ -39,7 +39,7 @@ __device__ __forceinline__ void WgmmaKeep(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// Describes a tile of 16-bit values in boxes of 128 bytes a row with swizzled pieces, as
+// Describes a tile of 16- or 8-bit values in boxes of 128 bytes a row with swizzled pieces, as
 // `DescribeBoxes` makes them.
 //
 // An operand whose rows run along k: `box` is the box that holds its k, 16 k are 32 bytes on, and
