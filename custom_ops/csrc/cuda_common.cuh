@@ -360,6 +360,7 @@ __device__ __forceinline__ void MultiplyAdd(float* sums, const uint32_t* a, uint
 // A box is 128 bytes of each of some rows, in shared memory; their 16-byte pieces are swizzled so that
 // no banks collide where a piece of several rows is read.
 inline constexpr int kBoxRowBytes = 128;
+inline constexpr int kBoxAlignment = 1024;
 
 // Where piece `piece` (16 bytes) of row `row` lies in a box.
 __device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {

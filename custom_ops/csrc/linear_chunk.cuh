@@ -22,7 +22,6 @@ inline constexpr int kTileRows = 8;
 // A chunk is 128 bytes of each row of the weight, and the activations that meet it, in boxes of 128
 // bytes a row.
 inline constexpr int kWeightBoxBytes = kTileOutputs * kBoxRowBytes;
-inline constexpr int kRingAlignment = 1024;  // of a swizzled box
 
 // Sizes of the ring: 96 KiB fit every GPU from compute capability 8.0 on.
 template <typename Weight, int kRowTiles>
@@ -34,7 +33,7 @@ struct Ring {
   static constexpr int kStages = 96 * 1024 / kStageBytes;
   static_assert(kStages >= 3);
 
-  static constexpr int kSharedBytes = kStages * kStageBytes + kRingAlignment;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kBoxAlignment;
 };
 
 // Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.

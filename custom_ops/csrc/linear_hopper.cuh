@@ -34,7 +34,6 @@ inline constexpr int kColumnGroups = 2;  // of a tile's outputs, with warpgroups
 inline constexpr int kMaxStages = 16;
 inline constexpr int kStepsPerChunk = 4;  // of 32 bytes of K
 inline constexpr int kStepBytes = 32;
-inline constexpr int kBoxAlignment = 1024;
 // Leaves room beside it for attention, and what goes ahead of the next product.
 inline constexpr int kRingBytes = 203 * 1024;
 inline constexpr int kUnderWayBytes = 64 * 1024;  // of a block's weights at a time
@@ -469,6 +468,20 @@ inline Cut ChooseCut(int64_t num_outputs, int64_t num_chunks, int num_multiproce
   return best;
 }
 
+template <typename T>
+const char* LaunchAddParts(const LinearParams& params, int part_stride, int splits,
+                           cudaStream_t stream) {
+  constexpr auto kKernel = AddPartsKernel<T>;
+  const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
+  if (traits.error != cudaSuccess) return MessageOf(traits.error);
+  const int per_block = kAddThreads * LinearOutputs::kVector;
+  const dim3 grid(static_cast<unsigned>((params.num_outputs + per_block - 1) / per_block),
+                  static_cast<unsigned>(params.rows));
+  const AddPartsArgs args = {LinearOutputs(params), params.partials, part_stride, splits,
+                             params.prefetch_weight};
+  return MessageOf(Launch<kKernel>(traits, grid, kAddThreads, 0, stream, args));
+}
+
 template <typename T, typename Weight, int kTileOutputs, int kRowTiles>
 const char* LaunchProduct(const LinearParams& params, const void* x, const float* x_scale,
                           int x_parts, int splits, cudaStream_t stream) {
@@ -505,15 +518,7 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const float
   error = MessageOf(
       Launch<kKernel>(traits, dim3(grid), kProductThreads<kRowTiles>, kSharedBytes, stream, args));
   if (error != nullptr || splits == 1) return error;
-  constexpr auto kAddKernel = AddPartsKernel<T>;
-  const KernelTraits& add_traits = TraitsOf<kAddKernel>([](bool) { return 0; });
-  if (add_traits.error != cudaSuccess) return MessageOf(add_traits.error);
-  const int per_block = kAddThreads * LinearOutputs::kVector;
-  const dim3 add_grid(static_cast<unsigned>((params.num_outputs + per_block - 1) / per_block),
-                      static_cast<unsigned>(params.rows));
-  const AddPartsArgs add_args = {args.outputs, args.parts, args.part_stride, splits,
-                                 params.prefetch_weight};
-  return MessageOf(Launch<kAddKernel>(add_traits, add_grid, kAddThreads, 0, stream, add_args));
+  return LaunchAddParts<T>(params, args.part_stride, splits, stream);
 }
 
 // Where the scales of the rows are, behind the parts.

@@ -203,8 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   WaitForDependency();  // compiled for newer GPUs, it is launched early
   extern __shared__ unsigned char shared[];
   using Ring = Ring<Weight, kRowTiles>;
-  const uint32_t ring =
-      (SharedAddress(shared) + kRingAlignment - 1) / kRingAlignment * kRingAlignment;
+  const uint32_t ring = (SharedAddress(shared) + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
   // The last share goes to the first block: a block waits only for later shares, so for blocks of
   // a lower index, which in practice are dispatched before it.
   const int share = gridDim.x - 1 - blockIdx.x;

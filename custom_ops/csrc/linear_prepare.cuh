@@ -24,7 +24,6 @@ struct PrepareArgs {
 
 constexpr int kPrepareThreads = 512;
 constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
-// The first 8 values of a thread stay in registers, up to 4096 of a block; others are read again.
 
 // Activations that meet an INT8 weight are rounded to 16-bit integers with a scale a row, or a part of
 // a row as the product cuts K (chunks of 128), and kept as two digits of 8 bits, 256 high + low, of
@@ -135,6 +134,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
   if (!args.prefetch_parameters) WaitForDependency();
   if (has_first) load_parameters(first, first_parameters);
   WaitForDependency();
+  // These stay in registers, 4096 values of a block; what it has beyond is read again for each pass.
   float first_values[8];
   if (has_first) load(first, first_values);
 
