@@ -84,7 +84,11 @@ CACHED_VS_WHOLE_INT8 = Tolerance(
     "1/127 of its head's largest value. It is one value of one head of one token; the demo model has shown 5e-4.",
 )
 MODULE = {
-    "fp32": Tolerance(2e-6, "one module in f32: some dozens of roundings of 2^-24."),
+    "fp32": Tolerance(
+        4e-6,
+        "one module in f32: some dozens of roundings of 2^-24. A GPU's exp(x) is a power of two whose exponent has been "
+        "rounded, so that its error grows with x: an H100 has shown 2.6e-6 in attention, CPUs stay below 2e-6.",
+    ),
     "bf16": Tolerance(
         2e-2, "inputs, weights and outputs are rounded to 8 bits (half an ulp is 2^-9), five roundings a module."
     ),

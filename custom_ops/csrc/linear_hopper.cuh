@@ -11,8 +11,9 @@
 //   INT8      meets integers: the tensor cores multiply the weight as it lies by the two digits of
 //             16-bit activations (linear_prepare.cuh), two rows of an operand for a row of x. Sums
 //             are exact.
-//   outputs   go from the sums' registers through the last chunk's place in the ring, so that
-//             all threads share what there is to do, however few the rows.
+//   outputs   go from the sums' registers through the ring, so that all threads share what there is
+//             to do, however few the rows: through the last chunk's place where that is enough, else
+//             through all of it, and the next tile's chunks wait.
 //   parts     of K go to scratch; a kernel behind adds them up in order, while the next product's
 //             blocks fill their rings.
 #ifndef CUSTOM_OPS_LINEAR_HOPPER_CUH_
@@ -40,9 +41,12 @@ inline constexpr int kUnderWayBytes = 64 * 1024;  // of a block's weights at a t
 inline constexpr int kMaxSplits = 8;
 inline constexpr int kMaxParts = 192;  // tiles times splits, where there are splits
 inline constexpr int kMaxTileOutputs = 256;
-inline constexpr int kSlicePadding = 8;  // columns, so that rows begin in other banks
+inline constexpr int kStagingPadding = 8;  // columns, so that rows begin in other banks
 // Three warps on a quarter of a multiprocessor leave room for two of attention with 112.
-inline constexpr int kProductRegisters = 96;
+template <int kTileOutputs>
+inline constexpr int kProductRegisters = kTileOutputs <= 128   ? 64
+                                         : kTileOutputs <= 224 ? 88
+                                                               : 96;
 
 struct ProductArgs {
   CUtensorMap weight_map;
@@ -59,8 +63,8 @@ struct ProductArgs {
   int max_under_way;  // of stages' weights
   int x_bytes;        // of a chunk
   int x_parts;        // of a row, each with a scale
-  int slice;   // columns that a warpgroup finishes at a time, and the length of their rows in
-  int stride;  // shared memory
+  int group_bytes;    // of a warpgroup's sums in shared memory
+  bool drains;        // the ring, for these
   bool prefetch_weight;
 
   explicit ProductArgs(const LinearParams& params)
@@ -117,6 +121,8 @@ struct ProductRing {
     return barriers + stage * 24 + 8;
   }
   __device__ __forceinline__ uint32_t Empty(int stage) const { return barriers + stage * 24 + 16; }
+  // And with the whole ring, where a tile's outputs go through it.
+  __device__ __forceinline__ uint32_t Drained() const { return barriers + kMaxStages * 24; }
 };
 
 // Calls copy(chunk of K, tile, stage) for all of a block's chunks, once their places are free.
@@ -125,8 +131,13 @@ __device__ __forceinline__ void ForEachChunk(const ProductArgs& args, const Ring
                                              Copy&& copy) {
   RingCursor stage;
   bool is_around = false;
+  int parity = 0;  // of the units
   for (int index = blockIdx.x; index < args.num_units; index += gridDim.x) {
     const Unit unit(args, index);
+    if (args.drains && index >= gridDim.x) {
+      BarrierWait(ring.Drained(), parity);
+      parity ^= 1;
+    }
     for (int chunk = unit.begin; chunk < unit.end; ++chunk) {
       if (is_around) BarrierWait(ring.Empty(stage.index), stage.parity ^ 1);
       copy(chunk, unit.tile, stage);
@@ -188,62 +199,52 @@ __device__ __forceinline__ void WarpgroupBarrier(int warpgroup) {
 }
 
 // Calls body(row, column, sums of eight neighbouring columns) for a warpgroup's sums of `x_rows` rows
-// of the operand, which go through shared memory at `staging`, args.slice columns at a time. The code
-// is small, and the sums move down in place of being named one by one, because instructions come from
-// device memory, too, behind all weights that are under way. The sums are gone behind it.
+// of the operand, which go through shared memory at `staging`. Instructions come from device memory,
+// too, behind all weights that are under way, so that what is done for eight sums stands here once.
 template <typename Sum, int kColumns, typename Body>
-__device__ __forceinline__ void ForEachVector(const ProductArgs& args, int warpgroup, int x_rows,
-                                              Sum* staging, Sum (&sums)[kColumns / 2],
-                                              Body&& body) {
+__device__ __forceinline__ void ForEachVector(int warpgroup, int x_rows, Sum* staging,
+                                              const Sum (&sums)[kColumns / 2], Body&& body) {
   constexpr int kVector = LinearOutputs::kVector;
-  constexpr int kBlock = 16;  // columns
+  constexpr int kVectors = kColumns / kVector;  // of a row
+  constexpr int kStride = kColumns + kStagingPadding;
   constexpr bool kHasDigits = std::is_same_v<Sum, int32_t>;
   using Two = std::conditional_t<kHasDigits, int2, float2>;
   using Four = std::conditional_t<kHasDigits, int4, float4>;
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp_row = threadIdx.x / kWarpSize % 4 * 16;
-  const int stride = args.stride;
-  Sum* const own = staging + (warp_row + lane / 4) * stride + lane % 4 * 2;
-  int begin = 0;  // of the slice
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int warp_row = thread / kWarpSize * 16;
+  const int lane = thread % kWarpSize;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (warp_row + half * 8 >= x_rows) continue;
+    Sum* const to = staging + (warp_row + half * 8 + lane / 4) * kStride + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      *reinterpret_cast<Two*>(to + i * 8) = Two{sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]};
+    }
+  }
+  WarpgroupBarrier(warpgroup);
+  const int count = (kHasDigits ? x_rows / 2 : x_rows) * kVectors;
 #pragma unroll 1
-  for (int column = 0; column < kColumns; column += kBlock) {
+  for (int i = thread; i < count; i += kWarpgroupThreads) {
+    const int row = i / kVectors;
+    const int column = i % kVectors * kVector;
+    const auto load = [&](int x_row, float (&values)[kVector]) {
+      const auto* from = reinterpret_cast<const Four*>(staging + x_row * kStride + column);
+      const Four low = from[0], high = from[1];
+      values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+      values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    };
+    float values[kVector];
+    if constexpr (kHasDigits) {
+      float low[kVector];
+      load(2 * row, values);
+      load(2 * row + 1, low);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (warp_row + half * 8 >= x_rows) continue;
-      Sum* const to = own + half * 8 * stride + column - begin;
-      *reinterpret_cast<Two*>(to) = Two{sums[2 * half], sums[2 * half + 1]};
-      *reinterpret_cast<Two*>(to + 8) = Two{sums[2 * half + 4], sums[2 * half + 5]};
+      for (int j = 0; j < kVector; ++j) values[j] = __fmaf_rn(256.0f, values[j], low[j]);
+    } else {
+      load(row, values);
     }
-#pragma unroll
-    for (int i = 0; i + kBlock / 2 < kColumns / 2; ++i) sums[i] = sums[i + kBlock / 2];
-    const int end = column + kBlock;
-    if (end - begin < args.slice && end < kColumns) continue;
-    WarpgroupBarrier(warpgroup);
-    const unsigned vectors = (end - begin) / kVector;  // of a row
-    const unsigned count = (kHasDigits ? x_rows / 2 : x_rows) * vectors;
-    for (unsigned i = threadIdx.x % kWarpgroupThreads; i < count; i += kWarpgroupThreads) {
-      const int row = static_cast<int>(i / vectors);
-      const int first = static_cast<int>(i % vectors) * kVector;
-      const auto load = [&](int x_row, float (&values)[kVector]) {
-        const auto* from = reinterpret_cast<const Four*>(staging + x_row * stride + first);
-        const Four low = from[0], high = from[1];
-        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-      };
-      float values[kVector];
-      if constexpr (kHasDigits) {
-        float low[kVector];
-        load(2 * row, values);
-        load(2 * row + 1, low);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) values[j] = __fmaf_rn(256.0f, values[j], low[j]);
-      } else {
-        load(row, values);
-      }
-      body(row, begin + first, values);
-    }
-    WarpgroupBarrier(warpgroup);
-    begin = end;
+    body(row, column, values);
   }
 }
 #endif
@@ -256,7 +257,7 @@ template <int kRowTiles>
 inline constexpr int kProductThreads = kWarpgroups<kRowTiles> * kWarpgroupThreads + 2 * kWarpSize;
 
 template <typename T, typename Weight, int kTileOutputs, int kRowTiles>
-__global__ void __maxnreg__(kProductRegisters)
+__global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
     ProductKernel(const __grid_constant__ ProductArgs args) {
 #if __CUDA_ARCH__ == 900
   constexpr bool kIsInt8 = sizeof(Weight) == 1;
@@ -266,7 +267,7 @@ __global__ void __maxnreg__(kProductRegisters)
   constexpr int kTileRows = kIsInt8 ? kWgmmaRows / 2 : kWgmmaRows;  // of x
   constexpr int kVector = LinearOutputs::kVector;
   extern __shared__ unsigned char shared[];
-  __shared__ uint64_t barriers[3 * kMaxStages];
+  __shared__ uint64_t barriers[3 * kMaxStages + 1];
   // Of the outputs and rows of a unit and the one before it.
   __shared__ float scales[2][kTileOutputs], biases[2][kTileOutputs];
   __shared__ float x_scales[2][kGroups][kTileRows];
@@ -281,6 +282,7 @@ __global__ void __maxnreg__(kProductRegisters)
       BarrierInit(ring.FullWeights(i), 1);
       BarrierInit(ring.Empty(i), kGroups);
     }
+    BarrierInit(ring.Drained(), kGroups);
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   }
   __syncthreads();
@@ -339,19 +341,14 @@ __global__ void __maxnreg__(kProductRegisters)
     WgmmaWait<0>();
     WgmmaKeep(sums);
 
-    // All groups are done with the last chunk's weights, whose place serves until the outputs are
-    // written; and the scales and biases are there.
-    if constexpr (kRowTiles == 1) {
-      WarpgroupBarrier(warpgroup);
-    } else {
-      asm volatile("bar.sync 5, %0;\n" ::"n"(kGroups * kWarpgroupThreads) : "memory");
-    }
+    // All groups are done with the weights; and the scales and biases are there.
+    asm volatile("bar.sync 5, %0;\n" ::"n"(kGroups * kWarpgroupThreads) : "memory");
     const auto for_each = [&](auto&& body) {
-      unsigned char* const weights =
-          shared + (ring.Weights(last_stage) - SharedAddress(shared)) +
-          (first_column + row_tile * kColumns / kRowTiles) * kBoxRowBytes;
+      const uint32_t staging = args.drains ? ring.begin : ring.Weights(last_stage);
+      unsigned char* const own =
+          shared + (staging - SharedAddress(shared)) + warpgroup * args.group_bytes;
       const int x_rows = (kIsInt8 ? 2 : 1) * num_rows;
-      ForEachVector<Sum, kColumns>(args, warpgroup, x_rows, reinterpret_cast<Sum*>(weights), sums,
+      ForEachVector<Sum, kColumns>(warpgroup, x_rows, reinterpret_cast<Sum*>(own), sums,
                                    [&](int row, int column, float (&values)[kVector]) {
                                      if constexpr (kIsInt8) {
                                        const float scale = x_scales[parity][warpgroup][row];
@@ -382,6 +379,7 @@ __global__ void __maxnreg__(kProductRegisters)
     FenceForAsync();
     WarpgroupBarrier(warpgroup);
     release(last_stage);
+    if (args.drains && thread == 0) BarrierArrive(ring.Drained());
   }
 #endif
 }
@@ -509,11 +507,10 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const float
   args.x_parts = x_parts;
   args.num_stages = std::min(kMaxStages, kRingBytes / (kTileOutputs * kBoxRowBytes + args.x_bytes));
   args.max_under_way = std::max(2, kUnderWayBytes / (kTileOutputs * kBoxRowBytes));
-  // As many blocks of 16 columns as a warpgroup's share of a chunk's weights has room for.
-  const int tile_rows = std::min(box_rows, kWgmmaRows);
-  const int room = kTileOutputs * kBoxRowBytes / kWarpgroups<kRowTiles> / (tile_rows * 4);
-  args.slice = std::max((room - kSlicePadding) / 16 * 16, 16);
-  args.stride = std::min(args.slice + kSlicePadding, room);
+  constexpr int kStride = kTileOutputs / kColumnGroups + kStagingPadding;
+  args.group_bytes = std::min(box_rows, kWgmmaRows) * kStride * static_cast<int>(sizeof(float));
+  args.drains = args.group_bytes * kWarpgroups<kRowTiles> > kTileOutputs * kBoxRowBytes;
+  static_assert(kWarpgroups<kRowTiles> * kWgmmaRows * kStride * sizeof(float) <= kRingBytes);
   const int grid = std::min(args.num_units, traits.num_multiprocessors);
   error = MessageOf(
       Launch<kKernel>(traits, dim3(grid), kProductThreads<kRowTiles>, kSharedBytes, stream, args));
