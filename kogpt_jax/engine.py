@@ -587,14 +587,15 @@ class KoGPT:
                 emitted = distributed.fetch(under_way.popleft())
                 yield emitted
                 if emitted.all_done:
+                    if state is not None:
+                        self._keep(state.cache)
                     return
         except BaseException as error:
-            if not isinstance(error, GeneratorExit):  # the last step may have taken the cache, or spoilt it
-                state = self._kept_cache = None
+            # The last step may have taken the cache, or spoilt it. Where the generator is closed a cache in use is lost:
+            # the end of the interpreter closes it, too, and no program may start there.
+            if not isinstance(error, GeneratorExit):
+                self._kept_cache = None
             raise
-        finally:
-            if state is not None:
-                self._keep(state.cache)
 
     def _keep(self, cache: KVCache) -> None:
         """For the next batch: rows without tokens over the same pages."""

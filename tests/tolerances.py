@@ -86,8 +86,8 @@ CACHED_VS_WHOLE_INT8 = Tolerance(
 MODULE = {
     "fp32": Tolerance(
         4e-6,
-        "one module in f32: some dozens of roundings of 2^-24. A GPU's exp(x) is a power of two whose exponent has been "
-        "rounded, so that its error grows with x: an H100 has shown 2.6e-6 in attention, CPUs stay below 2e-6.",
+        "one module in f32: some dozens of roundings of 2^-24. A GPU's exp(x) is a power of two whose exponent has "
+        "been rounded, so that its error grows with x: an H100 has shown 2.6e-6 in attention, CPUs stay below 2e-6.",
     ),
     "bf16": Tolerance(
         2e-2, "inputs, weights and outputs are rounded to 8 bits (half an ulp is 2^-9), five roundings a module."
