@@ -591,8 +591,8 @@ class KoGPT:
                         self._keep(state.cache)
                     return
         except BaseException as error:
-            # The last step may have taken the cache, or spoilt it. Where the generator is closed a cache in use is lost:
-            # the end of the interpreter closes it, too, and no program may start there.
+            # The last step may have taken the cache, or spoilt it. Where the generator is closed, a cache in use is
+            # lost: the end of the interpreter closes it, too, and no program may start there.
             if not isinstance(error, GeneratorExit):
                 self._kept_cache = None
             raise
