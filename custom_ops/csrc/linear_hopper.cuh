@@ -41,8 +41,11 @@ inline constexpr int kUnderWayBytes = 64 * 1024;  // of a block's weights at a t
 inline constexpr int kMaxSplits = 8;
 inline constexpr int kMaxParts = 192;  // tiles times splits, where there are splits
 inline constexpr int kMaxTileOutputs = 256;
-inline constexpr int kStagingPadding = 8;  // columns, so that rows begin in other banks
-// Three warps on a quarter of a multiprocessor leave room for two of attention with 112.
+// Of a row of a warpgroup's sums in shared memory: padded so that rows begin in other banks.
+template <int kTileOutputs>
+inline constexpr int kStagingStride = kTileOutputs / kColumnGroups + 8;
+// Three warps with 96 on a quarter of a multiprocessor leave room for two of attention with 112, and
+// a block of 18 warps with less for what goes ahead of the next product.
 template <int kTileOutputs>
 inline constexpr int kProductRegisters = kTileOutputs <= 128   ? 64
                                          : kTileOutputs <= 224 ? 88
@@ -201,12 +204,14 @@ __device__ __forceinline__ void WarpgroupBarrier(int warpgroup) {
 // Calls body(row, column, sums of eight neighbouring columns) for a warpgroup's sums of `x_rows` rows
 // of the operand, which go through shared memory at `staging`. Instructions come from device memory,
 // too, behind all weights that are under way, so that what is done for eight sums stands here once.
-template <typename Sum, int kColumns, typename Body>
+template <typename Sum, int kTileOutputs, typename Body>
 __device__ __forceinline__ void ForEachVector(int warpgroup, int x_rows, Sum* staging,
-                                              const Sum (&sums)[kColumns / 2], Body&& body) {
+                                              const Sum (&sums)[kTileOutputs / kColumnGroups / 2],
+                                              Body&& body) {
+  constexpr int kColumns = kTileOutputs / kColumnGroups;
+  constexpr int kStride = kStagingStride<kTileOutputs>;
   constexpr int kVector = LinearOutputs::kVector;
   constexpr int kVectors = kColumns / kVector;  // of a row
-  constexpr int kStride = kColumns + kStagingPadding;
   constexpr bool kHasDigits = std::is_same_v<Sum, int32_t>;
   using Two = std::conditional_t<kHasDigits, int2, float2>;
   using Four = std::conditional_t<kHasDigits, int4, float4>;
@@ -348,15 +353,15 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
       unsigned char* const own =
           shared + (staging - SharedAddress(shared)) + warpgroup * args.group_bytes;
       const int x_rows = (kIsInt8 ? 2 : 1) * num_rows;
-      ForEachVector<Sum, kColumns>(warpgroup, x_rows, reinterpret_cast<Sum*>(own), sums,
-                                   [&](int row, int column, float (&values)[kVector]) {
-                                     if constexpr (kIsInt8) {
-                                       const float scale = x_scales[parity][warpgroup][row];
+      ForEachVector<Sum, kTileOutputs>(warpgroup, x_rows, reinterpret_cast<Sum*>(own), sums,
+                                       [&](int row, int column, float (&values)[kVector]) {
+                                         if constexpr (kIsInt8) {
+                                           const float scale = x_scales[parity][warpgroup][row];
 #pragma unroll
-                                       for (int i = 0; i < kVector; ++i) values[i] *= scale;
-                                     }
-                                     body(first_row + row, first_column + column, values);
-                                   });
+                                           for (int i = 0; i < kVector; ++i) values[i] *= scale;
+                                         }
+                                         body(first_row + row, first_column + column, values);
+                                       });
     };
     if (args.splits > 1) {
       float* const part = args.parts + first_output +
@@ -507,7 +512,7 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const float
   args.x_parts = x_parts;
   args.num_stages = std::min(kMaxStages, kRingBytes / (kTileOutputs * kBoxRowBytes + args.x_bytes));
   args.max_under_way = std::max(2, kUnderWayBytes / (kTileOutputs * kBoxRowBytes));
-  constexpr int kStride = kTileOutputs / kColumnGroups + kStagingPadding;
+  constexpr int kStride = kStagingStride<kTileOutputs>;
   args.group_bytes = std::min(box_rows, kWgmmaRows) * kStride * static_cast<int>(sizeof(float));
   args.drains = args.group_bytes * kWarpgroups<kRowTiles> > kTileOutputs * kBoxRowBytes;
   static_assert(kWarpgroups<kRowTiles> * kWgmmaRows * kStride * sizeof(float) <= kRingBytes);
