@@ -7,7 +7,7 @@ and an op raises where the one it is told to use cannot serve.
 from custom_ops._library import LibraryInfo, jaxlib_ffi_version, library_info
 from custom_ops.decode_attention import decode_attention, decode_attention_ffi_problem, decode_attention_reference
 from custom_ops.int8_gemm import int8_gemm, int8_gemm_ffi_problem, int8_gemm_reference
-from custom_ops.linear import MAX_ROWS, LayerNorm, linear, linear_ffi_problem, linear_reference
+from custom_ops.linear import MAX_ROWS, EarlyColumns, LayerNorm, linear, linear_ffi_problem, linear_reference
 from custom_ops.mixed_gemm import mixed_gemm, mixed_gemm_ffi_problem, mixed_gemm_reference
 from custom_ops.prefill_attention import (
     MAX_ATTENTION_ROWS,
@@ -23,6 +23,7 @@ __all__ = [
     "MAX_ATTENTION_ROWS",
     "MAX_ROWS",
     "NUM_SEMAPHORES",
+    "EarlyColumns",
     "LayerNorm",
     "LibraryInfo",
     "QuantizedArray",

@@ -33,6 +33,7 @@ def decode_attention(
     *,
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
     prefetch_cache: bool = False,
+    leaves_room: bool = False,
     implementation: str,
 ) -> tuple[Array, kv_pages.Pages, kv_pages.Pages, Array]:
     """Rotates the new q and k, appends k and v, and attends to all of the row.
@@ -67,6 +68,9 @@ def decode_attention(
         semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
         prefetch_cache: a promise that no kernel just ahead writes the pages or the page table (in a decode step the op
             before is a product): the CUDA kernel may then read them while the kernel ahead still runs.
+        leaves_room: says that the op behind is a `linear` with ``early`` columns: the CUDA kernel then has half the
+            blocks where the rows' pages hold at most 256 tokens, so that those of the product find room beside them.
+            The results are the same bits.
         implementation: "reference" (`jax.numpy`, any sizes) or "ffi": head_dim 64, 128 or 256; page_len a multiple of
             16; fp16 and bf16, on a CPU f32 too.
 
@@ -88,7 +92,9 @@ def decode_attention(
     arguments = (qkv, rotary, k_pages, v_pages, page_table, lengths, num_new, act)
     if implementation == "reference":
         return decode_attention_reference(*arguments, semaphores=semaphores)
-    return decode_attention_ffi(*arguments, semaphores=semaphores, prefetch_cache=prefetch_cache)
+    return decode_attention_ffi(
+        *arguments, semaphores=semaphores, prefetch_cache=prefetch_cache, leaves_room=leaves_room
+    )
 
 
 def decode_attention_reference(
@@ -131,6 +137,7 @@ def decode_attention_ffi(
     *,
     semaphores: Array | None = None,
     prefetch_cache: bool = False,
+    leaves_room: bool = False,
 ) -> tuple[Array, kv_pages.Pages, kv_pages.Pages, Array]:
     """`decode_attention` through XLA's FFI (csrc/decode_attention.h): the Host handler on a CPU, the CUDA handler on an
     NVIDIA GPU.
@@ -169,6 +176,7 @@ def decode_attention_ffi(
         act,
         semaphores,
         prefetch_cache=bool(prefetch_cache),
+        leaves_room=bool(leaves_room),
     )
     if isinstance(k_pages, QuantizedArray):
         return act, QuantizedArray(k_values, k_scales), QuantizedArray(v_values, v_scales), semaphores

@@ -24,6 +24,8 @@ MAX_ROWS = 64
 _PARTIALS_PER_ROW = 192 * 256 + 8
 _PADDED_ROWS = (8, 16, 32, 64)
 
+_MAX_MARK = 2**31 - 1
+
 
 class LayerNorm(NamedTuple):
     """LayerNorm (Ba et al. 2016) over K, in f32."""
@@ -31,6 +33,13 @@ class LayerNorm(NamedTuple):
     scale: Float[Array, " K"]
     bias: Float[Array, " K"]
     epsilon: float
+
+
+class EarlyColumns(NamedTuple):
+    """Columns of x from ``begin`` on that the call of ``mark`` has written; see `linear`."""
+
+    begin: int
+    mark: int
 
 
 def linear(
@@ -46,6 +55,8 @@ def linear(
     out_dtype: Any = None,
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
     prefetch_weight: bool = False,
+    done_mark: int = 0,
+    early: EarlyColumns | None = None,
     implementation: str,
 ) -> tuple[Array, ...]:
     """A product of few rows with what surrounds it.
@@ -78,6 +89,14 @@ def linear(
             arguments of the jitted function whose values were there before the call (`jax.block_until_ready`), not what
             an operation of the same program, or of the one just ahead, has made: the CUDA kernels then fetch them while
             the kernel ahead is still running. If the promise is broken the result is undefined. The others ignore it.
+        done_mark: a number above 0 that the CUDA kernels for sm_90a leave in the semaphores once all outputs are there,
+            for the one call whose ``early`` names it, of as many rows; 0 for none. Calls of a program that follow one
+            another take different numbers. Not with an INT8 weight.
+        early: promises that columns [begin, K) of x are outputs of the call with this ``done_mark``, through the same
+            semaphores, and that it came just ahead of the op ahead of this one, such as `decode_attention`, which fills
+            the other columns: the CUDA kernels for sm_90a then multiply these columns while that op still runs, and the
+            others last. If the promise is broken the call may never end. Not with an INT8 weight, nor with
+            ``layer_norm`` or ``k_multiplier``. Sums are taken in another order than without it. The others ignore it.
         implementation: "reference" (`jax.numpy`: any number of rows, any K), or "ffi": 1 to 64 rows; K a multiple of
             8, of 16 with INT8; fp16 and bf16 on CUDA, f32 too on a CPU.
 
@@ -91,6 +110,15 @@ def linear(
     """
     _arguments.check_implementation(implementation)
     _check(x, weight, bias, layer_norm, k_multiplier, residual, gelu_from, act_dim, out_dtype)
+    if not 0 <= done_mark <= _MAX_MARK:
+        raise ValueError(f"done_mark must be in [0, {_MAX_MARK}], got {done_mark}")
+    if done_mark and isinstance(weight, QuantizedArray):
+        raise ValueError(f"done_mark needs a weight of dtype, not an INT8 one, got {done_mark}")
+    if early is not None:
+        if isinstance(weight, QuantizedArray) or layer_norm is not None or k_multiplier is not None:
+            raise ValueError("early needs a weight of dtype, not an INT8 one, and neither layer_norm nor k_multiplier")
+        if not (0 <= early.begin <= x.shape[1] and 1 <= early.mark <= _MAX_MARK):
+            raise ValueError(f"early must begin in [0, {x.shape[1]}] with a mark in [1, {_MAX_MARK}], got {early}")
     run = linear_reference if implementation == "reference" else linear_ffi
     return run(
         x,
@@ -104,6 +132,8 @@ def linear(
         out_dtype=out_dtype,
         semaphores=semaphores,
         prefetch_weight=prefetch_weight,
+        done_mark=done_mark,
+        early=early,
     )
 
 
@@ -120,9 +150,11 @@ def linear_reference(
     out_dtype: Any = None,
     semaphores: Any = None,  # passed through
     prefetch_weight: bool = False,
+    done_mark: int = 0,
+    early: EarlyColumns | None = None,
 ) -> tuple[Array, ...]:
     """`linear` in `jax.numpy`: LayerNorm in f32, the product in dtype with f32 accumulation."""
-    del prefetch_weight  # XLA orders its own reads
+    del prefetch_weight, done_mark, early  # XLA orders its own reads
     dtype = _compute_dtype(x, weight, layer_norm)
     h = x
     if layer_norm is not None:
@@ -155,6 +187,8 @@ def linear_ffi(
     out_dtype: Any = None,
     semaphores: Array | None = None,
     prefetch_weight: bool = False,
+    done_mark: int = 0,
+    early: EarlyColumns | None = None,
 ) -> tuple[Array, ...]:
     """`linear` through XLA's FFI (csrc/linear.h): the Host handler on a CPU, the CUDA handler on an NVIDIA GPU.
 
@@ -197,6 +231,9 @@ def linear_ffi(
         gelu_from=np.int64(split),
         epsilon=np.float32(epsilon),
         prefetch_weight=bool(prefetch_weight),
+        done_mark=np.int64(done_mark),
+        awaited_mark=np.int64(0 if early is None else early.mark),
+        early_from=np.int64(0 if early is None else early.begin),
     )
     return (y, semaphores) if gelu_from is None else (y, act, semaphores)
 

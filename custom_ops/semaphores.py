@@ -12,7 +12,8 @@ NUM_SEMAPHORES = 65536
 def make_semaphores() -> Int32[Array, " NUM_SEMAPHORES"]:
     """Zeros for the first op of a program.
 
-    Blocks of a kernel tell one another in this array that their part is there, and leave zeros behind. Each op takes
+    Blocks of a kernel tell one another in this array that their part is there, and leave zeros behind, but for a mark
+    that a later call is waiting for (`linear`'s ``done_mark``). Each op takes
     it, aliased, and returns it: so it stays in place, and XLA runs the ops one after another, since two kernels that
     use one array at the same time would disturb each other. It can be donated from call to call of a jitted function,
     or made in it.

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from custom_ops import (
     MAX_ROWS,
+    EarlyColumns,
     QuantizedArray,
     decode_attention,
     int8_gemm,
@@ -180,12 +181,16 @@ class Block(nnx.Module):
         """
         config, ops = self.config, self.ops
         local_dim = self.num_local_heads * config.head_dim
+        # ``w_out`` begins with GELU's columns while attention still fills its own. INT8 products first round all of
+        # their input, which a kernel of its own does.
+        mark = layer + 1 if config.quant == "none" else 0
         with jax.named_scope("w_in"):
             qkv, act, semaphores = decode_linear(
                 x,
                 _local_weight(self.w_in, self.w_in_scale),
                 ops,
                 semaphores,
+                done_mark=mark,
                 layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), config.layer_norm_epsilon),
                 bias=_local(self.b_ffn_in, 1),
                 gelu_from=3 * local_dim,
@@ -204,12 +209,16 @@ class Block(nnx.Module):
                 act,
                 semaphores=semaphores,
                 prefetch_cache=True,  # the kernels just ahead are a product's: no page is theirs
+                leaves_room=mark > 0,
                 implementation=ops.decode_attention,
             )
         check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
-            options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
+            options: dict[str, Any] = {
+                "k_multiplier": self._local_multiplier(),
+                "early": EarlyColumns(local_dim, mark) if mark else None,
+            }
             if self.num_shards == 1:
                 x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x, **options)
             else:
@@ -382,12 +391,16 @@ def decode_linear(
     semaphores: Array,
     *,
     residual: Float[Array, "B M"] | None = None,
+    done_mark: int = 0,
+    early: EarlyColumns | None = None,
     **arguments: Any,
 ) -> tuple[Array, ...]:
     """`custom_ops.linear` as ``ops`` says for this many rows; more than a kernel takes run in groups."""
     rows = x.shape[0]
     implementation = ops.linear if rows <= MAX_ROWS else ops.linear_many_rows
     group_len = rows if implementation == "reference" else MAX_ROWS
+    if rows <= group_len:  # a mark tells of one call
+        arguments |= {"done_mark": done_mark, "early": early}
     groups = []
     for first in range(0, rows, group_len):
         group = slice(first, first + group_len)

@@ -305,8 +305,15 @@ ALIASES = {
     "kogpt_prefill_attention": {name: f"result {name}" for name in ("act", "k_pages", "v_pages")},
 }
 ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "kogpt_linear": {"gelu_from": np.int64(16), "epsilon": np.float32(1e-5), "prefetch_weight": False},
-    "kogpt_decode_attention": {"prefetch_cache": False},
+    "kogpt_linear": {
+        "gelu_from": np.int64(16),
+        "epsilon": np.float32(1e-5),
+        "prefetch_weight": False,
+        "done_mark": np.int64(0),
+        "awaited_mark": np.int64(0),
+        "early_from": np.int64(0),
+    },
+    "kogpt_decode_attention": {"prefetch_cache": False, "leaves_room": False},
     "kogpt_prefill_attention": {"max_new": np.int64(70)},
 }
 TARGETS = ["kogpt_linear", "kogpt_decode_attention"]  # of both libraries
@@ -431,6 +438,22 @@ def test_a_wrong_extent_is_refused(target, name, axis, blamed):
 def test_gelu_from_beyond_the_outputs_is_refused(gelu_from):
     target = "kogpt_linear"
     assert_refused(target, make_operands(target), "gelu_from", "[0, 24]", str(gelu_from), gelu_from=np.int64(gelu_from))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"done_mark": 2**31}, ["marks", "fit 32 bits", str(2**31)]),
+        ({"done_mark": -1}, ["marks must not be negative"]),
+        ({"done_mark": 1}, ["a product with an INT8 weight tells no mark"]),
+        ({"awaited_mark": 1}, ["early columns belong to an x that is multiplied as it lies"]),
+    ],
+)
+def test_marks_that_do_not_fit_are_refused(attributes, message):
+    """Those that would wait for ever among them."""
+    target = "kogpt_linear"
+    assert_refused(target, make_operands(target), *message, **{k: np.int64(v) for k, v in attributes.items()})
 
 
 @pytest.mark.host

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from op_cases import LinearCase, call_linear, case_id, linear_arguments, linear_oracle
 
 import custom_ops
-from custom_ops import QuantizedArray, make_semaphores
+from custom_ops import EarlyColumns, QuantizedArray, make_semaphores
 
 CASES = [case for case in op_cases.read_cases("linear") if case.dtype != "fp32"]
 FP32_CASES = [case for case in op_cases.read_cases("linear") if case.dtype == "fp32"]
@@ -159,6 +159,139 @@ def test_a_prefetched_weight_gives_the_same_bits():
     jax.tree.map(np.testing.assert_array_equal, plain, prefetched)
 
 
+# Of a layer: model_dim, ffn_dim, rows. In the first its first product, too, is cut along K; others are the 6B model's.
+EARLY_SHAPES = [(256, 520, 3), (512, 2048, 1), (512, 2048, 8), (512, 2048, 20), (512, 2048, 64)]
+MANY_EARLY_SHAPES = [(4096, 16384, 1), (4096, 16384, 8), (4096, 16384, 64)]
+NUM_LAYERS = 6
+
+
+def early_arguments(model_dim: int, ffn_dim: int, rows: int) -> dict[str, jax.Array]:
+    """Of `early_layers`: weights of two layers in turn, and a cache of 70 tokens of 100."""
+    rng = np.random.default_rng(6)
+
+    def random(*shape, scale=1.0, dtype=BF16):
+        return op_cases.heavy_tailed(rng, *shape, dtype=dtype, scale=scale)
+
+    in_shape, out_shape = (3 * model_dim + ffn_dim, model_dim), (model_dim, model_dim + ffn_dim)
+    pages = (2 * rows + 1, model_dim // 64, 64, 64)
+    return {
+        "x": random(rows, model_dim, dtype=F32),
+        "w_in": random(2, *in_shape, scale=in_shape[1] ** -0.5),
+        "w_out": random(2, *out_shape, scale=out_shape[1] ** -0.5),
+        "bias": random(ffn_dim, scale=0.3),
+        "ln_scale": 1 + random(model_dim, scale=0.1),
+        "ln_bias": random(model_dim, scale=0.1),
+        "k_pages": random(*pages),
+        "v_pages": random(*pages),
+        "page_table": jnp.arange(2 * rows, dtype=jnp.int32).reshape(rows, 2),
+    }
+
+
+def early_layers(arguments, implementation, *, mark_of, run=lambda function: function):
+    """Layers of two products and attention; each of these through ``run``. Returns the residual stream behind each, and
+    the semaphores."""
+    rows, model_dim = arguments["x"].shape
+    act_dim = arguments["w_out"].shape[2]
+    norm = (arguments["ln_scale"], arguments["ln_bias"], op_cases.EPSILON)
+    rotary = (jnp.ones((rows, 0)), jnp.ones((rows, 0)))
+    lengths, num_new = jnp.full(rows, 70, jnp.int32), jnp.ones(rows, jnp.int32)
+    x, k_pages, v_pages = arguments["x"], arguments["k_pages"], arguments["v_pages"]
+    semaphores = make_semaphores() if implementation == "ffi" else None
+    streams = []
+    for layer in range(NUM_LAYERS):
+        mark = mark_of(layer)
+
+        def w_in(x, weight, semaphores, mark=mark):
+            return custom_ops.linear(
+                x,
+                weight,
+                layer_norm=norm,
+                bias=arguments["bias"],
+                gelu_from=3 * model_dim,
+                act_dim=act_dim,
+                semaphores=semaphores,
+                prefetch_weight=True,
+                done_mark=mark,
+                implementation=implementation,
+            )
+
+        def attention(qkv, k_pages, v_pages, act, semaphores, mark=mark):
+            return custom_ops.decode_attention(
+                qkv,
+                rotary,
+                k_pages,
+                v_pages,
+                arguments["page_table"],
+                lengths,
+                num_new,
+                act,
+                semaphores=semaphores,
+                prefetch_cache=True,
+                leaves_room=mark > 0,
+                implementation=implementation,
+            )
+
+        def w_out(act, weight, x, semaphores, mark=mark):
+            return custom_ops.linear(
+                act,
+                weight,
+                residual=x,
+                semaphores=semaphores,
+                prefetch_weight=True,
+                early=EarlyColumns(model_dim, mark) if mark else None,
+                implementation=implementation,
+            )
+
+        qkv, act, semaphores = run(w_in)(x, arguments["w_in"][layer % 2], semaphores)
+        act, k_pages, v_pages, semaphores = run(attention)(qkv, k_pages, v_pages, act, semaphores)
+        x, semaphores = run(w_out)(act, arguments["w_out"][layer % 2], x, semaphores)
+        streams.append(x)
+    return jnp.stack(streams), semaphores
+
+
+def one_by_one(function):
+    """Jitted, and waited for: whatever is awaited is there."""
+    return lambda *arguments: jax.block_until_ready(jax.jit(function)(*arguments))
+
+
+def check_early_columns(model_dim: int, ffn_dim: int, rows: int) -> None:
+    arguments = early_arguments(model_dim, ffn_dim, rows)
+
+    def mark_of(layer):
+        return layer + 1
+
+    together = jax.jit(lambda arguments: early_layers(arguments, "ffi", mark_of=mark_of))
+    x, semaphores = together(arguments)
+    assert not np.any(semaphores)
+    apart, semaphores = early_layers(arguments, "ffi", mark_of=mark_of, run=one_by_one)
+    assert not np.any(semaphores)
+    for _ in range(5):
+        np.testing.assert_array_equal(together(arguments)[0], apart)
+    alone = {name: array[:1] if name in ("x", "page_table") else array for name, array in arguments.items()}
+    np.testing.assert_array_equal(together(alone)[0][:, 0], apart[:, 0])
+    # And the results are right: as near to f32's as those of the reference in the same precision, and as without marks.
+    in_f32 = {
+        name: array.astype(F32) if jnp.issubdtype(array.dtype, jnp.floating) else array
+        for name, array in arguments.items()
+    }
+    oracle = np.asarray(early_layers(in_f32, "reference", mark_of=mark_of)[0], np.float64)
+    reference = early_layers(arguments, "reference", mark_of=mark_of)[0]
+    plain = jax.jit(lambda arguments: early_layers(arguments, "ffi", mark_of=lambda _: 0))(arguments)[0]
+    for layer in range(NUM_LAYERS):
+        error = tolerances.relative_error(reference[layer], oracle[layer])
+        rule = tolerances.twice_the_references_error(error, "bf16")
+        for name, value in (("early", x), ("plain", plain)):
+            tolerances.assert_close(value[layer], oracle[layer], rule, f"{name} columns, layer {layer}")
+
+
+@with_library
+@pytest.mark.parametrize("shape", EARLY_SHAPES, ids=str)
+def test_early_columns_are_awaited(shape):
+    """Layers in one program, where a product begins before attention has ended, give the bits of calls of which each
+    has ended before the next."""
+    check_early_columns(*shape)
+
+
 @with_library
 def test_semaphores_stay_in_place_and_order_the_calls():
     case = LinearCase(rows=2, outputs=64, k=64)
@@ -249,6 +382,8 @@ F32, BF16, FP16 = jnp.float32, jnp.bfloat16, jnp.float16
         ({"gelu_from": -1}, r"gelu_from must be in \[0, 24\), the outputs of weight, got -1"),
         ({"act_dim": 15}, "act_dim must be at least 16, GELU's outputs, got 15"),
         ({"gelu_from": None, "bias": jnp.zeros(24, BF16)}, "act_dim must be None without gelu_from, got 20"),
+        ({"done_mark": -1}, r"done_mark must be in \[0, 2147483647\], got -1"),
+        ({"early": EarlyColumns(0, 1)}, "early needs a weight of dtype, not an INT8 one, and neither layer_norm nor"),
         ({"implementation": "auto"}, "implementation must be 'reference' or 'ffi', got 'auto'"),
         (
             {"weight": QuantizedArray(jnp.zeros((24, 32), jnp.int8), jnp.ones((24, 32)))},
@@ -262,6 +397,22 @@ def test_arguments_that_do_not_fit_are_refused_by_name(changes, message, impleme
     options |= {name: value for name, value in changes.items() if name not in ARRAYS}
     with pytest.raises(ValueError, match=message):
         call_linear(BASE, arguments, **options)
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("ffi", marks=with_library)])
+@pytest.mark.parametrize("early", [EarlyColumns(-1, 1), EarlyColumns(33, 1), EarlyColumns(8, 0)], ids=str)
+def test_early_columns_beyond_x_or_without_a_mark_are_refused(early, implementation):
+    case = LinearCase(rows=2, outputs=8, k=32)
+    with pytest.raises(ValueError, match=r"early must begin in \[0, 32\] with a mark in \[1, 2147483647\], got"):
+        call_linear(
+            case, linear_arguments(case), early=early, semaphores=make_semaphores(), implementation=implementation
+        )
+
+
+def test_an_int8_weight_tells_no_mark():
+    case = LinearCase(rows=2, outputs=8, k=32, weight="int8")
+    with pytest.raises(ValueError, match="done_mark needs a weight of dtype, not an INT8 one, got 3"):
+        call_linear(case, linear_arguments(case), done_mark=3, implementation="reference")
 
 
 ARRAYS = ("x", "weight", "bias", "ln_scale", "ln_bias", "k_multiplier", "residual")

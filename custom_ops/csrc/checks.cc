@@ -49,6 +49,17 @@ const char* CheckLinear(const LinearParams& params) {
   if (has_layer_norm != (params.ln_bias != nullptr)) {
     return "LayerNorm needs both its scale and its bias";
   }
+  if (params.done_mark < 0 || params.awaited_mark < 0) return "marks must not be negative";
+  if (params.done_mark != 0 && is_int8) return "a product with an INT8 weight tells no mark";
+  if (params.awaited_mark != 0) {
+    if (is_int8 || has_layer_norm || params.k_multiplier != nullptr) {
+      return "early columns belong to an x that is multiplied as it lies, with a weight of its "
+             "type";
+    }
+    if (params.early_from < 0 || params.early_from > params.k_dim) {
+      return "early columns must begin in [0, K]";
+    }
+  }
   if (params.gelu_from > 0 && params.y == nullptr) return "y must be there when gelu_from is not 0";
   if (num_gelu > 0 && params.act == nullptr) return "act must be there with gelu_from";
   return nullptr;

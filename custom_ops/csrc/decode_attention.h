@@ -51,6 +51,8 @@ struct DecodeAttentionParams {
 
   // Pages and page table may be read before the kernels ahead in the stream have finished.
   bool prefetch_cache;
+  // CUDA: the next kernel, a product, begins before this one ends if its blocks find room.
+  bool leaves_room;
 };
 
 // Returns null, or what is wrong with the parameters.

@@ -14,7 +14,7 @@ ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer
                                Buffer semaphores, ResultBuffer act_out, ResultBuffer k_pages_out,
                                ResultBuffer k_scales_out, ResultBuffer v_pages_out,
                                ResultBuffer v_scales_out, ResultBuffer partials,
-                               ResultBuffer semaphores_out, bool prefetch_cache) {
+                               ResultBuffer semaphores_out, bool prefetch_cache, bool leaves_room) {
   Checks check("kogpt_decode_attention");
   check.Dtype("qkv", qkv, {ffi::F32, ffi::F16, ffi::BF16});
   check.Rank("k_pages", k_pages, 4);
@@ -102,6 +102,7 @@ ffi::Error DecodeAttentionImpl(Executor executor, Buffer qkv, Buffer cos, Buffer
   params.partials_bytes = static_cast<int64_t>(partials->size_bytes());
   params.semaphores = DataOrNull<int32_t>(*semaphores_out);
   params.prefetch_cache = prefetch_cache;
+  params.leaves_room = leaves_room;
   check.Message(CheckDecodeAttention(params));
   if (check.failed()) return check.error();
 
@@ -146,5 +147,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, kogpt::DecodeAttentionImpl,
                                   .Ret<kogpt::Buffer>()  // v_scales, aliased
                                   .Ret<kogpt::Buffer>()  // partials: scratch
                                   .Ret<kogpt::Buffer>()  // semaphores, aliased
-                                  .Attr<bool>("prefetch_cache"),
+                                  .Attr<bool>("prefetch_cache")
+                                  .Attr<bool>("leaves_room"),
                               kogpt::kHandlerTraits);

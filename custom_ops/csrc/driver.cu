@@ -657,8 +657,8 @@ class AttentionLayers {
  public:
   // `context`: tokens of each row, the new one with them. `act`: [rows, act_dim].
   AttentionLayers(int64_t layers, int64_t rows, int64_t context, int64_t capacity, int64_t heads,
-                  int64_t head_dim, bool is_int8, bool prefetch, void* qkv, void* act,
-                  int64_t act_dim) {
+                  int64_t head_dim, bool is_int8, bool prefetch, bool leaves_room, void* qkv,
+                  void* act, int64_t act_dim) {
     constexpr int64_t kPageLen = 64;
     params_.batch = rows;
     params_.num_heads = heads;
@@ -670,6 +670,7 @@ class AttentionLayers {
     params_.act_dim = act_dim;
     params_.dtype = DataType::kBfloat16;
     params_.prefetch_cache = prefetch;
+    params_.leaves_room = leaves_room;
     params_.qkv = qkv;
     params_.act = act;
     const int64_t num_tokens = params_.num_pages * heads * kPageLen;  // of heads
@@ -735,6 +736,7 @@ int Time(Case options, bool is_token) {
   const std::string cache_name = options.Text("cache", "bf16");
   const bool use_graph = options.Int("graph", 1) != 0;
   const bool prefetch = options.Int("prefetch", 1) != 0;
+  const bool has_marks = options.Int("marks", 1) != 0;
   options.RequireAllUsed();
   const DataType weight_type = TypeNamed(weight_name);
   const bool is_int8 = weight_type == DataType::kInt8;
@@ -772,6 +774,10 @@ int Time(Case options, bool is_token) {
   base.semaphores = Semaphores();
   base.prefetch_weight = prefetch;
 
+  // As the model has them; single ops run one after another.
+  const auto mark_of = [&](int64_t layer) {
+    return is_token && !is_int8 && has_marks ? static_cast<int32_t>(layer + 1) : 0;
+  };
   const auto run_in = [&](int64_t layer) {
     LinearParams params = base;
     params.num_outputs = in_outputs;
@@ -785,10 +791,11 @@ int Time(Case options, bool is_token) {
     params.ln_scale = params.ln_bias = small;
     params.y = qkv;
     params.act = act;
+    params.done_mark = mark_of(layer);
     Require(LaunchLinear(params, stream));
   };
   AttentionLayers attention(layers, rows, context, capacity, heads, head_dim, cache_is_int8,
-                            prefetch, qkv, act, out_k);
+                            prefetch, is_token && !is_int8 && has_marks, qkv, act, out_k);
   const auto run_attention = [&](int64_t layer) { attention.Run(layer, stream); };
   const auto run_out = [&](int64_t layer) {
     LinearParams params = base;
@@ -800,6 +807,8 @@ int Time(Case options, bool is_token) {
     params.weight = w_out[layer];
     params.residual = x[layer % 2];
     params.y = x[(layer + 1) % 2];
+    params.awaited_mark = mark_of(layer);
+    params.early_from = model_dim;
     Require(LaunchLinear(params, stream));
   };
   const auto run_head = [&] {
@@ -882,8 +891,8 @@ int TimeAttention(Case options) {
       double us[2], shares[2];
       for (int is_int8 = 0; is_int8 < 2; ++is_int8) {
         AttentionLayers attention(layers, rows, context, (context + 64) / 64 * 64,
-                                  model_dim / head_dim, head_dim, is_int8 != 0, prefetch, qkv, act,
-                                  model_dim);
+                                  model_dim / head_dim, head_dim, is_int8 != 0, prefetch, false,
+                                  qkv, act, model_dim);
         const double ms = MedianMs(stream, use_graph, 15, [&] {
           for (int64_t layer = 0; layer < layers; ++layer) attention.Run(layer, stream);
         });

@@ -51,11 +51,19 @@ struct LinearParams {
   void* h;
   float* partials;
   int64_t partials_bytes;
-  int32_t* semaphores;  // kNumSemaphores zeros, zeros again when the kernel ends; CUDA, but sm_90a
+  // kNumSemaphores zeros but for a mark, and again so when the kernel ends; CUDA.
+  int32_t* semaphores;
 
   // Weight, its scale, bias, LayerNorm's scale and bias, and multiplier may be read before the kernels
   // ahead in the stream have finished.
   bool prefetch_weight;
+
+  // Numbers above 0, or 0 for none. The kernels for sm_90a write `done_mark` into the semaphores once
+  // all outputs are there, and wait for `awaited_mark` in place of the kernel ahead before they read
+  // columns [early_from, k_dim) of x; then the mark goes. Others run one after another.
+  int32_t done_mark;
+  int32_t awaited_mark;
+  int64_t early_from;
 };
 
 // Returns null, or what is wrong with the parameters.

@@ -1,5 +1,7 @@
 // `kogpt_linear`: buffers to LinearParams.
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "ffi_helpers.h"
@@ -12,7 +14,8 @@ ffi::Error LinearImpl(Executor executor, Buffer x, Buffer weight, Buffer weight_
                       Buffer ln_scale, Buffer ln_bias, Buffer k_multiplier, Buffer residual,
                       Buffer semaphores, ResultBuffer y, ResultBuffer act, ResultBuffer h,
                       ResultBuffer partials, ResultBuffer semaphores_out, int64_t gelu_from,
-                      float epsilon, bool prefetch_weight) {
+                      float epsilon, bool prefetch_weight, int64_t done_mark, int64_t awaited_mark,
+                      int64_t early_from) {
   Checks check("kogpt_linear");
   check.Rank("x", x, 2);
   check.Rank("weight", weight, 2);
@@ -28,6 +31,9 @@ ffi::Error LinearImpl(Executor executor, Buffer x, Buffer weight, Buffer weight_
   const Buffer& dtype_buffer = !is_quantized ? weight : has_layer_norm ? ln_scale : x;
   check.Dtype(dtype_from, dtype_buffer, {ffi::F32, ffi::F16, ffi::BF16});
   const ffi::DataType dtype = dtype_buffer.element_type();
+  constexpr int64_t kMaxMark = std::numeric_limits<int32_t>::max();
+  check.That(std::max(done_mark, awaited_mark) <= kMaxMark, "marks", "fit 32 bits",
+             std::to_string(std::max(done_mark, awaited_mark)));
   check.That(0 <= gelu_from && gelu_from <= num_outputs, "gelu_from",
              "be in [0, " + std::to_string(num_outputs) + "]", std::to_string(gelu_from));
   if (check.failed()) return check.error();
@@ -105,6 +111,9 @@ ffi::Error LinearImpl(Executor executor, Buffer x, Buffer weight, Buffer weight_
   params.partials_bytes = static_cast<int64_t>(partials->size_bytes());
   params.semaphores = DataOrNull<int32_t>(*semaphores_out);
   params.prefetch_weight = prefetch_weight;
+  params.done_mark = static_cast<int32_t>(done_mark);
+  params.awaited_mark = static_cast<int32_t>(awaited_mark);
+  params.early_from = early_from;
   check.Message(CheckLinear(params));
   if (check.failed()) return check.error();
 
@@ -146,5 +155,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Linear, kogpt::LinearImpl,
                                   .Ret<kogpt::Buffer>()  // semaphores, aliased
                                   .Attr<int64_t>("gelu_from")
                                   .Attr<float>("epsilon")
-                                  .Attr<bool>("prefetch_weight"),
+                                  .Attr<bool>("prefetch_weight")
+                                  .Attr<int64_t>("done_mark")
+                                  .Attr<int64_t>("awaited_mark")
+                                  .Attr<int64_t>("early_from"),
                               kogpt::kHandlerTraits);

@@ -16,6 +16,9 @@
 //             through all of it, and the next tile's chunks wait.
 //   parts     of K go to scratch; a kernel behind adds them up in order, while the next product's
 //             blocks fill their rings.
+//   early     columns of x are what the product before the kernel ahead has written, which tells
+//             that in the semaphores: every block multiplies them while the kernel ahead, attention,
+//             still runs, and the others last.
 #ifndef CUSTOM_OPS_LINEAR_HOPPER_CUH_
 #define CUSTOM_OPS_LINEAR_HOPPER_CUH_
 
@@ -69,21 +72,46 @@ struct ProductArgs {
   int group_bytes;    // of a warpgroup's sums in shared memory
   bool drains;        // the ring, for these
   bool prefetch_weight;
+  int num_late_chunks = 0;  // the first ones, with an awaited mark
+  int done_mark = 0;
+  int awaited_mark = 0;
+  int32_t* marks;
 
   explicit ProductArgs(const LinearParams& params)
       : outputs(params), parts(params.partials), prefetch_weight(params.prefetch_weight) {}
 };
 
-// A tile's part of K: chunks [begin, end).
+// A tile's part of K: its share of the chunks that are early, then of those that are late, which
+// products with an INT8 weight do not have.
+template <bool kMayBeLate>
 struct Unit {
-  int tile, split, begin, end;
+  int tile, split, num_early, num_chunks, first_early, first_late;
 
   __device__ __forceinline__ Unit(const ProductArgs& args, int index)
-      : tile(index % args.num_tiles),
-        split(index / args.num_tiles),
-        begin(split * args.num_chunks / args.splits),
-        end((split + 1) * args.num_chunks / args.splits) {}
+      : tile(index % args.num_tiles), split(index / args.num_tiles) {
+    const int late = kMayBeLate ? args.num_late_chunks : 0;
+    const int early = args.num_chunks - late;
+    first_early = late + split * early / args.splits;
+    num_early = late + (split + 1) * early / args.splits - first_early;
+    first_late = kMayBeLate ? split * late / args.splits : 0;
+    num_chunks = num_early + (kMayBeLate ? (split + 1) * late / args.splits - first_late : 0);
+  }
+
+  __device__ __forceinline__ int Chunk(int i) const {
+    return !kMayBeLate || i < num_early ? first_early + i : first_late + i - num_early;
+  }
 };
+
+// One thread of each block, behind all that the block has written: of the grid's last one the mark
+// tells that all of it is there.
+__device__ __forceinline__ void TellMark(int32_t* marks, int mark) {
+  __threadfence();
+  const unsigned last = gridDim.x * gridDim.y - 1;
+  if (atomicInc(reinterpret_cast<unsigned*>(marks), last) == last) {
+    __threadfence();
+    atomicExch(marks + 1, mark);
+  }
+}
 
 #if __CUDA_ARCH__ == 900
 // The stages of the ring in turn.
@@ -129,21 +157,21 @@ struct ProductRing {
 };
 
 // Calls copy(chunk of K, tile, stage) for all of a block's chunks, once their places are free.
-template <typename Ring, typename Copy>
+template <bool kMayBeLate, typename Ring, typename Copy>
 __device__ __forceinline__ void ForEachChunk(const ProductArgs& args, const Ring& ring,
                                              Copy&& copy) {
   RingCursor stage;
   bool is_around = false;
   int parity = 0;  // of the units
   for (int index = blockIdx.x; index < args.num_units; index += gridDim.x) {
-    const Unit unit(args, index);
+    const Unit<kMayBeLate> unit(args, index);
     if (args.drains && index >= gridDim.x) {
       BarrierWait(ring.Drained(), parity);
       parity ^= 1;
     }
-    for (int chunk = unit.begin; chunk < unit.end; ++chunk) {
+    for (int i = 0; i < unit.num_chunks; ++i) {
       if (is_around) BarrierWait(ring.Empty(stage.index), stage.parity ^ 1);
-      copy(chunk, unit.tile, stage);
+      copy(unit.Chunk(i), unit.tile, stage);
       stage.Advance(args.num_stages);
       is_around = is_around || stage.index == 0;
     }
@@ -159,7 +187,7 @@ __device__ void CopyWeights(const ProductArgs& args, const ProductRing<kTileOutp
   if (!args.prefetch_weight) WaitForDependency();
   RingCursor arrived;
   int num_under_way = 0;
-  ForEachChunk(args, ring, [&](int chunk, int tile, const RingCursor& stage) {
+  ForEachChunk<sizeof(Weight) != 1>(args, ring, [&](int chunk, int tile, const RingCursor& stage) {
     if (num_under_way < args.max_under_way) {
       ++num_under_way;
     } else {
@@ -172,12 +200,28 @@ __device__ void CopyWeights(const ProductArgs& args, const ProductRing<kTileOutp
   });
 }
 
+// What tensor copies read then is there.
+__device__ __forceinline__ void AwaitMark(const int32_t* marks, int mark) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(marks + 1) : "memory");
+  } while (seen != mark);
+  asm volatile("fence.proxy.async;\n" ::: "memory");
+}
+
 // One thread.
 template <typename Weight, int kTileOutputs>
 __device__ void CopyActivations(const ProductArgs& args, const ProductRing<kTileOutputs>& ring) {
   constexpr int kChunkK = kBoxRowBytes / static_cast<int>(sizeof(Weight));
-  WaitForDependency();
-  ForEachChunk(args, ring, [&](int chunk, int, const RingCursor& stage) {
+  constexpr bool kMayBeLate = sizeof(Weight) != 1;
+  if (kMayBeLate && args.awaited_mark != 0) {
+    AwaitMark(args.marks, args.awaited_mark);
+    TellMark(args.marks, 0);  // once all blocks have seen it
+  } else {
+    WaitForDependency();
+  }
+  ForEachChunk<kMayBeLate>(args, ring, [&](int chunk, int, const RingCursor& stage) {
+    if (kMayBeLate && chunk < args.num_late_chunks) WaitForDependency();
     BarrierArriveExpecting(ring.FullX(stage.index), args.x_bytes);
     CopyBox(ring.X(stage.index), args.x_map, chunk * kChunkK, 0, ring.FullX(stage.index));
   });
@@ -296,7 +340,8 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
     if (thread == kWarpSize) CopyActivations<Weight, kTileOutputs>(args, ring);
     return;
   }
-  WaitForDependency();  // before anything is read that a kernel ahead writes, or written
+  // What is read ahead of the products may come from the kernel ahead; x itself is behind its copies.
+  if (kIsInt8 || !args.prefetch_weight) WaitForDependency();
 
   const int first_column = warpgroup % kColumnGroups * kColumns;
   const int row_tile = warpgroup / kColumnGroups;
@@ -309,7 +354,7 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
   RingCursor stage;
   int parity = 0;  // of the units
   for (int index = blockIdx.x; index < args.num_units; index += gridDim.x, parity ^= 1) {
-    const Unit unit(args, index);
+    const Unit<!kIsInt8> unit(args, index);
     const int first_output = unit.tile * kTileOutputs;
     if (args.splits == 1 && thread < kColumns) {
       const int column = first_column + thread;
@@ -323,7 +368,7 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
     }
     Sum sums[kColumns / 2];
     int last_stage = 0;
-    for (int chunk = unit.begin; chunk < unit.end; ++chunk) {
+    for (int i = 0; i < unit.num_chunks; ++i) {
       BarrierWait(ring.FullWeights(stage.index), stage.parity);
       BarrierWait(ring.FullX(stage.index), stage.parity);
       WgmmaFence();
@@ -333,10 +378,10 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
                                           row_tile * kWgmmaRows * kBoxRowBytes + step * kStepBytes);
         const uint64_t b = DescribeAlongK(ring.Weights(stage.index) + first_column * kBoxRowBytes +
                                           step * kStepBytes);
-        WgmmaShared<Weight, kColumns>::Run(sums, a, b, chunk > unit.begin || step > 0);
+        WgmmaShared<Weight, kColumns>::Run(sums, a, b, i > 0 || step > 0);
       }
       WgmmaCommit();
-      if (chunk > unit.begin) {
+      if (i > 0) {
         WgmmaWait<1>();
         release(last_stage);
       }
@@ -346,6 +391,7 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
     WgmmaWait<0>();
     WgmmaKeep(sums);
 
+    if constexpr (!kIsInt8) WaitForDependency();  // before the first write
     // All groups are done with the weights; and the scales and biases are there.
     asm volatile("bar.sync 5, %0;\n" ::"n"(kGroups * kWarpgroupThreads) : "memory");
     const auto for_each = [&](auto&& body) {
@@ -386,6 +432,12 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
     release(last_stage);
     if (args.drains && thread == 0) BarrierArrive(ring.Drained());
   }
+  if constexpr (!kIsInt8) {
+    if (args.done_mark != 0) {
+      asm volatile("bar.sync 5, %0;\n" ::"n"(kGroups * kWarpgroupThreads) : "memory");
+      if (threadIdx.x == 0) TellMark(args.marks, args.done_mark);
+    }
+  }
 #endif
 }
 
@@ -395,12 +447,14 @@ struct AddPartsArgs {
   int part_stride;
   int splits;
   bool prefetch_terms;
+  int done_mark;
+  int32_t* marks;
 };
 
 inline constexpr int kAddThreads = 128;
 
 // Adds up the parts of K, in order.
-template <typename T>
+template <typename T, bool kTellsMark>
 __global__ void __launch_bounds__(kAddThreads) AddPartsKernel(const AddPartsArgs args) {
   LaunchDependents();
   const LinearOutputs& outputs = args.outputs;
@@ -415,27 +469,33 @@ __global__ void __launch_bounds__(kAddThreads) AddPartsKernel(const AddPartsArgs
     bias[i] = outputs.Bias<T>(m + i);
   }
   WaitForDependency();
-  if (m >= outputs.num_outputs) return;
-  const float* from = args.parts + static_cast<int64_t>(row) * args.part_stride + m;
-  float4 parts[kMaxSplits][2];
+  if (!kTellsMark && m >= outputs.num_outputs) return;
+  if (m < outputs.num_outputs) {
+    const float* from = args.parts + static_cast<int64_t>(row) * args.part_stride + m;
+    float4 parts[kMaxSplits][2];
 #pragma unroll
-  for (int split = 0; split < kMaxSplits; ++split) {
-    if (split == args.splits) break;
-    parts[split][0] = __ldcg(reinterpret_cast<const float4*>(from));
-    parts[split][1] = __ldcg(reinterpret_cast<const float4*>(from) + 1);
-    from += static_cast<int64_t>(outputs.rows) * args.part_stride;
+    for (int split = 0; split < kMaxSplits; ++split) {
+      if (split == args.splits) break;
+      parts[split][0] = __ldcg(reinterpret_cast<const float4*>(from));
+      parts[split][1] = __ldcg(reinterpret_cast<const float4*>(from) + 1);
+      from += static_cast<int64_t>(outputs.rows) * args.part_stride;
+    }
+    float sums[kVector] = {};
+#pragma unroll
+    for (int split = 0; split < kMaxSplits; ++split) {
+      if (split == args.splits) break;
+      const float4 low = parts[split][0], high = parts[split][1];
+      sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
+      sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sums[i] = sums[i] * scale[i] + bias[i];
+    outputs.StoreVector<T>(row, m, sums);
   }
-  float sums[kVector] = {};
-#pragma unroll
-  for (int split = 0; split < kMaxSplits; ++split) {
-    if (split == args.splits) break;
-    const float4 low = parts[split][0], high = parts[split][1];
-    sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
-    sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
+  if constexpr (kTellsMark) {
+    __syncthreads();
+    if (threadIdx.x == 0) TellMark(args.marks, args.done_mark);
   }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) sums[i] = sums[i] * scale[i] + bias[i];
-  outputs.StoreVector<T>(row, m, sums);
 }
 
 // Of 128 bytes of the weight's K each.
@@ -471,17 +531,26 @@ inline Cut ChooseCut(int64_t num_outputs, int64_t num_chunks, int num_multiproce
   return best;
 }
 
-template <typename T>
+inline int32_t* Marks(const LinearParams& params) {
+  return params.semaphores + kNumSemaphores - kNumMarkSemaphores;
+}
+
+// Whether products of so many rows tell and await marks: where that is what it saves (H100, 6B
+// model, context 192: 2 to 240 us a step at 1 to 8 rows and 100 at 64, less 10 and 22 at 32 and 16).
+// The order of the sums does not depend on it.
+inline bool UsesMarks(int64_t rows) { return rows <= 8 || rows > 32; }
+
+template <typename T, bool kTellsMark>
 const char* LaunchAddParts(const LinearParams& params, int part_stride, int splits,
                            cudaStream_t stream) {
-  constexpr auto kKernel = AddPartsKernel<T>;
+  constexpr auto kKernel = AddPartsKernel<T, kTellsMark>;
   const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
   if (traits.error != cudaSuccess) return MessageOf(traits.error);
   const int per_block = kAddThreads * LinearOutputs::kVector;
   const dim3 grid(static_cast<unsigned>((params.num_outputs + per_block - 1) / per_block),
                   static_cast<unsigned>(params.rows));
-  const AddPartsArgs args = {LinearOutputs(params), params.partials, part_stride, splits,
-                             params.prefetch_weight};
+  const AddPartsArgs args = {LinearOutputs(params),  params.partials,  part_stride,  splits,
+                             params.prefetch_weight, params.done_mark, Marks(params)};
   return MessageOf(Launch<kKernel>(traits, grid, kAddThreads, 0, stream, args));
 }
 
@@ -508,6 +577,14 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const float
   args.num_units = args.num_tiles * splits;
   args.splits = splits;
   args.num_chunks = static_cast<int>(NumChunks(params));
+  args.marks = Marks(params);
+  const bool tells_mark = UsesMarks(params.rows) && params.done_mark != 0;
+  if (tells_mark && splits == 1) args.done_mark = params.done_mark;
+  if (params.awaited_mark != 0) {
+    if (UsesMarks(params.rows)) args.awaited_mark = params.awaited_mark;
+    constexpr int64_t kChunkK = kBoxRowBytes / sizeof(Weight);
+    args.num_late_chunks = static_cast<int>((params.early_from + kChunkK - 1) / kChunkK);
+  }
   args.x_bytes = box_rows * kBoxRowBytes;
   args.x_parts = x_parts;
   args.num_stages = std::min(kMaxStages, kRingBytes / (kTileOutputs * kBoxRowBytes + args.x_bytes));
@@ -520,7 +597,8 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const float
   error = MessageOf(
       Launch<kKernel>(traits, dim3(grid), kProductThreads<kRowTiles>, kSharedBytes, stream, args));
   if (error != nullptr || splits == 1) return error;
-  return LaunchAddParts<T>(params, args.part_stride, splits, stream);
+  return tells_mark ? LaunchAddParts<T, true>(params, args.part_stride, splits, stream)
+                    : LaunchAddParts<T, false>(params, args.part_stride, splits, stream);
 }
 
 // Where the scales of the rows are, behind the parts.

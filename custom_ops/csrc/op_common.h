@@ -12,6 +12,9 @@ enum class DataType : int32_t { kFloat32, kFloat16, kBfloat16, kInt8 };
 // Ints in the semaphore array that an op's CUDA kernels count with. All zero before and after every
 // kernel.
 inline constexpr int64_t kNumSemaphores = 65536;
+// Of these the last ones, for marks (linear.h): a count of blocks, and the mark that the last one of
+// them has written.
+inline constexpr int64_t kNumMarkSemaphores = 2;
 
 // Calls body(begin, end) over disjoint ranges that cover [0, count), on several threads, and
 // returns when all have ended.
