@@ -136,8 +136,11 @@ def prefill(
             if num_stages > 1:
                 is_chunk = (number >= 0) & (number < num_chunks)
                 packed = dataclasses.replace(packed, num_new=jnp.where(is_chunk, packed.num_new, 0))
-            x, after = model.prefill(x, packed, before)
-            last = x[jnp.maximum(packed.begins + packed.num_new - 1, 0)]
+            if num_stages == 1:
+                last, after = model.prefill(x, packed, before, last_only=True)
+            else:  # all stages run one program, and those before the last one hand over all tokens
+                x, after = model.prefill(x, packed, before)
+                last = x[jnp.maximum(packed.begins + packed.num_new - 1, 0)]
             last_hidden = jnp.where(packed.num_new[:, None] > 0, last, last_hidden)
             return x, (dataclasses.replace(after, lengths=cache.lengths), last_hidden)
 

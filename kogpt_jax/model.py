@@ -179,23 +179,12 @@ class Block(nnx.Module):
         Returns:
             The residual stream, the layer's pages with the new tokens, the semaphores.
         """
-        config, ops = self.config, self.ops
+        config = self.config
         local_dim = self.num_local_heads * config.head_dim
-        # ``w_out`` begins with GELU's columns while attention still fills its own. INT8 products first round all of
-        # their input, which a kernel of its own does.
-        mark = layer + 1 if config.quant == "none" else 0
-        with jax.named_scope("w_in"):
-            qkv, act, semaphores = decode_linear(
-                x,
-                _local_weight(self.w_in, self.w_in_scale),
-                ops,
-                semaphores,
-                done_mark=mark,
-                layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), config.layer_norm_epsilon),
-                bias=_local(self.b_ffn_in, 1),
-                gelu_from=3 * local_dim,
-                act_dim=local_dim + self.b_ffn_in.shape[-1],
-            )
+        # ``w_out`` begins with GELU's columns while attention still fills its own, but not where a kernel of its own
+        # first rounds or multiplies all of its input.
+        mark = layer + 1 if config.quant == "none" and not config.has_multiplier else 0
+        qkv, act, semaphores = self._decode_w_in(x, semaphores, mark)
         check("w_in", layer, lambda: (qkv, act[:, local_dim:]))
         with jax.named_scope("attention"):
             act, k_pages, v_pages, semaphores = decode_attention(
@@ -210,9 +199,69 @@ class Block(nnx.Module):
                 semaphores=semaphores,
                 prefetch_cache=True,  # the kernels just ahead are a product's: no page is theirs
                 leaves_room=mark > 0,
-                implementation=ops.decode_attention,
+                implementation=self.ops.decode_attention,
             )
         check("attention", layer, lambda: (act[:, :local_dim],))
+        x, semaphores = self._decode_w_out(act, x, semaphores, mark)
+        check("w_out", layer, lambda: (x,))
+        return x, (k_pages, v_pages), semaphores
+
+    def last_tokens(
+        self,
+        x: Float[Array, "T D"],
+        attend: Attend,
+        last: Int[Array, " B"],
+        layer: int = 0,
+        check: Check = no_check,
+    ) -> tuple[Float[Array, "B D"], tuple[Pages, ...]]:
+        """`__call__` where only the tokens at ``last`` are needed behind this layer: queries, keys and values of all
+        tokens, and the rest of these alone, by a decode step's products."""
+        config = self.config
+        local_dim = self.num_local_heads * config.head_dim
+
+        def in_place(rows: Array) -> Array:
+            return jnp.zeros((x.shape[0], rows.shape[1]), rows.dtype).at[last].set(rows)
+
+        with jax.named_scope("w_in"):
+            qkv, _ = prefill_linear(
+                x,
+                _local_weight(self.w_in, self.w_in_scale)[: 3 * local_dim],
+                config,
+                self.ops,
+                layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), config.layer_norm_epsilon),
+            )
+        _, act, semaphores = self._decode_w_in(x[last], make_semaphores())
+        check("w_in", layer, lambda: (qkv, in_place(act[:, local_dim:])))
+        with jax.named_scope("attention"):
+            out, kept = attend(qkv, jnp.zeros((x.shape[0], local_dim), config.jax_dtype))
+        check("attention", layer, lambda: (out,))
+        act = jnp.concatenate([out[last], act[:, local_dim:]], axis=1)
+        last_x, _ = self._decode_w_out(act, x[last], semaphores)
+        check("w_out", layer, lambda: (in_place(last_x),))
+        return last_x, kept
+
+    def _decode_w_in(self, x: Float[Array, "B D"], semaphores: Array, mark: int = 0) -> tuple[Array, ...]:
+        """(qkv, act, semaphores), with GELU's columns in ``act``; ``mark`` tells that they are there."""
+        local_dim = self.num_local_heads * self.config.head_dim
+        with jax.named_scope("w_in"):
+            return decode_linear(
+                x,
+                _local_weight(self.w_in, self.w_in_scale),
+                self.ops,
+                semaphores,
+                done_mark=mark,
+                layer_norm=(_local(self.ln_scale, 1), _local(self.ln_bias, 1), self.config.layer_norm_epsilon),
+                bias=_local(self.b_ffn_in, 1),
+                gelu_from=3 * local_dim,
+                act_dim=local_dim + self.b_ffn_in.shape[-1],
+            )
+
+    def _decode_w_out(
+        self, act: Float[Array, "B K"], x: Float[Array, "B D"], semaphores: Array, mark: int = 0
+    ) -> tuple[Float[Array, "B D"], Array]:
+        """(the residual stream behind the layer, semaphores)."""
+        ops = self.ops
+        local_dim = self.num_local_heads * self.config.head_dim
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
             options: dict[str, Any] = {
@@ -225,8 +274,7 @@ class Block(nnx.Module):
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32, **options)
                 total = jax.lax.psum(out, "tensor") if ops.all_reduce == "psum" else _sum_in_order(out, "tensor")
                 x = x + total + bias.astype(jnp.float32)
-        check("w_out", layer, lambda: (x,))
-        return x, (k_pages, v_pages), semaphores
+        return x, semaphores
 
 
 class GPTJ(nnx.Module):
@@ -248,8 +296,14 @@ class GPTJ(nnx.Module):
         self.lm_head_bias = _param((self.vocabulary.padded_size,), ("vocab",), config)
 
     def prefill(
-        self, x: Float[Array, "T D"], packed: Packed, cache: KVCache, watch: Watch | None = None
-    ) -> tuple[Float[Array, "T D"], KVCache]:
+        self,
+        x: Float[Array, "T D"],
+        packed: Packed,
+        cache: KVCache,
+        watch: Watch | None = None,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "tokens D"], KVCache]:
         """Reads new tokens of each row, which see those of the row in the cache and one another, causally.
 
         Args:
@@ -258,6 +312,7 @@ class GPTJ(nnx.Module):
             cache: the tokens before. With pages of one layer only, all layers use these in turn: for rows that begin
                 here and are not gone on with.
             watch: is given each block, what goes into it, and ``w_out``'s input.
+            last_only: give back each row's last token alone, [B, D], which saves most of the last layer.
 
         Returns:
             The residual stream behind the last of the layers, which means nothing for tokens of no row; the cache with
@@ -265,6 +320,7 @@ class GPTJ(nnx.Module):
         """
         begins, num_new = packed.begins, packed.num_new
         row_of_token, index, is_token = token_rows(begins, num_new, packed.tokens.shape[0])
+        last = jnp.maximum(begins + num_new - 1, 0)
         positions = cache.lengths[row_of_token] + index
         rotary = rotary_tables(positions, self.config)
         page_table = cache.page_table[:, : pages_per_row(packed.max_len)]
@@ -295,7 +351,10 @@ class GPTJ(nnx.Module):
                     watch(block, x, act)
                 return act, (k_pages, v_pages)
 
-            x, new_pages[slot] = block(x, attend, layer, check)
+            if last_only and layer == len(self.blocks) - 1:
+                x, new_pages[slot] = block.last_tokens(x, attend, last, layer, check)
+            else:
+                x, new_pages[slot] = block(x, attend, layer, check)
         return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(

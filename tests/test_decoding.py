@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+import tolerances
+from jax.sharding import PartitionSpec
 from small_model import CONFIG, KERNEL_CONFIG, greedy, prompt
 
 from custom_ops import make_semaphores
 from kogpt_jax import KoGPT, SamplingParams, decoding, kv_cache
-from kogpt_jax.config import Dtype
+from kogpt_jax.config import Dtype, Quant
 from kogpt_jax.decoding import NO_TOKEN, DecodeState
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.kv_cache import KVCache
@@ -78,6 +80,40 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     function: Any = getattr(decoding, phase)
     keeping = jax.jit(function.__wrapped__, static_argnames=tuple(static))
     return Call(function, keeping, (engine.leaves, *args), static, cache)
+
+
+@pytest.mark.parametrize("quant", ["none", "w8a16", "w8a8"])
+def test_of_the_last_layer_only_the_last_tokens_are_read(quant: Quant):
+    """The same residual stream behind each row's last token, and the same cache, as with the last layer as a whole:
+    chunks in which a row begins, goes on, ends, and has no token."""
+    config = dataclasses.replace(CONFIG, quant=quant, num_layers=3)
+    engine = KoGPT.from_random(config)
+    definition = engine._definition
+    chunks = pack([prompt(7), prompt(20, 1), prompt(1, 2), prompt(9, 3)], chunk_tokens=16)
+    assert [list(packed.num_new) for packed in chunks] == [[7, 9, 0, 0], [0, 11, 1, 4], [0, 0, 0, 5]]
+    cache = both = kv_cache.make_kv_cache(config, engine.mesh, 4, 64)
+
+    @functools.partial(jax.jit, static_argnames="last_only")
+    def read(leaves, packed, cache, last_only):
+        def local(leaves, packed, cache):
+            model = definition.merge(leaves)
+            return model.prefill(model.embed(packed.tokens), packed, cache, last_only=last_only)
+
+        everywhere = PartitionSpec()
+        run = jax.shard_map(local, mesh=engine.mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+        return run(leaves, packed, cache)
+
+    for packed in chunks:
+        whole, cache = read(list(engine.leaves), packed, cache, last_only=False)
+        last, both = read(list(engine.leaves), packed, both, last_only=True)
+        assert last.shape == (4, config.model_dim)
+        expected = np.asarray(whole)[np.maximum(packed.begins + packed.num_new - 1, 0)]
+        is_read = np.asarray(packed.num_new) > 0
+        rule = tolerances.LAST_LAYER_W8A8 if quant == "w8a8" else tolerances.MODULE["fp32"]
+        tolerances.assert_close(last[is_read], expected[is_read], rule, quant)
+        np.testing.assert_array_equal(both.lengths, cache.lengths)
+        for got, want in zip((*both.k, *both.v), (*cache.k, *cache.v), strict=True):
+            tolerances.assert_close(got, want, tolerances.MODULE["fp32"], f"cache, {quant}")
 
 
 @pytest.fixture(scope="module", params=["prefill", "decode_loop"])
