@@ -82,6 +82,7 @@ def make_call(engine: KoGPT, phase: str) -> Call:
     return Call(function, keeping, (engine.leaves, *args), static, cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "w8a16", "w8a8"])
 def test_of_the_last_layer_only_the_last_tokens_are_read(quant: Quant):
     """The same residual stream behind each row's last token, and the same cache, as with the last layer as a whole:
@@ -372,6 +373,7 @@ def programs() -> tuple[int, ...]:
     return tuple(phase._cache_size() for phase in phases)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_anew_within_a_bucket(engine):
     """Lengths, parameters, seeds and numbers of rows vary: 5 to 8 prompts of up to 16 tokens, 65 to 96 in all, with up
     to 64 tokens a row. A batch of greedy rows and one of others are two programs."""

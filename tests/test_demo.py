@@ -119,6 +119,7 @@ class TestTraining:
         nats = math.log(measured.perplexity) * measured.tokens
         assert measured.bits_per_char == pytest.approx(nats / math.log(2) / len(stream))
 
+    @pytest.mark.slow
     def test_from_streams_to_a_model_directory(self, tmp_path):
         rng = np.random.default_rng(1)
         for name in data.SPLITS:

@@ -102,6 +102,7 @@ def test_a_stream_has_the_bits_of_a_batch(engine):
     assert logprobs == [row.logprobs for row in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_it_is_the_text_of_the_other_mode(engine):
     """What is read one by one and copied is what is read together."""

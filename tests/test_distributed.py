@@ -206,6 +206,7 @@ def test_the_demo_model_writes_the_same_in_four_processes():
         assert [job.stdout(index) for index in range(4)] == [f"{text}\n", "", "", ""]
 
 
+@pytest.mark.slow
 def test_scores_and_quantised_weights(directory, tmp_path):
     """Each process quantises its shards, and finds the scales that the whole matrices have."""
     scores = KoGPT.from_pretrained(directory, dtype="fp32", quant="w8a16").score(["첫 번째 글", "second text"])
@@ -254,6 +255,7 @@ def test_a_death_within_a_collective_ends_all(victim):
         check_end_of_others(job, victim)
 
 
+@pytest.mark.slow
 def test_a_death_while_a_model_writes_ends_all(directory):
     arguments = ["generate", "--model", str(directory), "--ignore-eos", "--max-new-tokens", "100"]
     commands = kogpt(*arguments, "--max-batch-size", "1", num_processes=2, meshes=["d1p2t1"])

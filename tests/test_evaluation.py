@@ -93,6 +93,7 @@ def test_perplexity_by_hand(directory, per_line):
 # -- Modes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mode_is_compared_with_fp32(directory):
     """Logit error, agreement and change of one window, from the engines' own logits."""
     result = measure_perplexity(task_of(directory, max_documents=1, per_line=True), ["w8a8", "fp32"])
@@ -115,6 +116,7 @@ def test_a_mode_is_compared_with_fp32(directory):
     assert 0 < result["modes"]["w8a8"]["decode"]["logit_error"] < figures["logit_error"]
 
 
+@pytest.mark.slow
 def test_outliers_cost_w8a8_dearly_and_smoothing_undoes_that(directory):
     task = task_of(directory, per_line=True, outliers=60.0, calibration=directory / "text.txt")
     result = measure_perplexity(task, ["fp32", "w8a8", "w8a8-smoothed"])

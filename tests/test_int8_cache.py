@@ -500,6 +500,7 @@ def test_the_demo_model_loses_little(demo, texts):
     assert num_same >= len(prompts) * 24 / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_decoding_over_int8_pages_is_scoring_over_them(demo, texts, implementation):
     engine = with_int8_cache(demo, implementation=implementation)

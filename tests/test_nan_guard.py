@@ -85,6 +85,7 @@ def with_poisoned_token(engine: KoGPT, token: int) -> KoGPT:
     return poisoned(engine, "embedding", lambda w: w.at[token].set(np.nan))
 
 
+@pytest.mark.slow
 def test_a_token_that_is_only_met_when_decoding(guarded):
     """The row that samples it, its position, and not the rows beside it; then a batch without it."""
     rows = [completion.token_ids for completion in guarded.generate_ids(PROMPTS, greedy(12))]
@@ -188,6 +189,7 @@ def test_without_a_guard_the_error_tells_of_it(engine):
     assert message.endswith("; nan_guard=True or --nan-guard tells which op is the first")
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     """Rows, layers and heads over eight devices; the fault is in the second stage, of the last heads' shard."""
     config = dataclasses.replace(KERNEL_CONFIG, kv_dtype="int8")

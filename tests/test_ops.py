@@ -229,6 +229,7 @@ def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
         np.testing.assert_array_equal(of_rows(chosen), together[chosen])
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_more_rows_than_a_call_takes(tmp_path):
     """A batch of 128 through groups of 64 is the same texts as one after the other."""

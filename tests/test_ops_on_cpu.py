@@ -35,6 +35,7 @@ def test_inside_shard_map_over_two_devices_nothing_is_gathered(module):
     run_on_devices(f"import {module}\nassert len(jax.devices()) == 2\n{module}.check_shard_map(jax.devices())", 2)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation_run():
     """One after another in one process, as a reader would type them."""
     text = (TESTS.parent / "docs" / "custom-ops.md").read_text(encoding="utf-8")

@@ -417,6 +417,7 @@ def test_host_memory_while_quantising(tmp_path):
 # -- The demo model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_model_agrees_with_fp32_on_its_own_texts():
     """Teacher forcing on sampled reviews: the text itself is no part of the repository. Held-out text is in
     test_evaluation.py."""

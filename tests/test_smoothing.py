@@ -79,6 +79,7 @@ def random_factors(parts: tuple[str, ...], seed: int) -> dict[str, np.ndarray]:
 # -- The function stays -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("norm",), ("attention",), ("gelu",), ("norm", "attention", "gelu")])
 def test_rescaling_changes_no_bit_of_the_function(parts):
     """Powers of two, in whole sequences and in decode steps."""
@@ -260,6 +261,7 @@ def test_a_model_with_dead_channels():
     assert np.isfinite(quantized(leaves).logits(prompt(20))).all()
 
 
+@pytest.mark.slow
 def test_padding_counts_for_nothing():
     """Windows of several lengths, more of them than fit a batch: the largest magnitudes are those of the tokens."""
     leaves = list(leaves_of().values())
@@ -388,6 +390,7 @@ def test_a_damaged_entry_is_made_anew(directory, text, cache, searches, damage):
         assert len(searches) == 4 * PLAIN.num_layers
 
 
+@pytest.mark.slow
 def test_any_mesh_has_the_same_values(directory, text, tmp_path):
     """Made by a process with two tensor shards, read on one device; and what the shards hold, put together again."""
     script = """
@@ -440,6 +443,7 @@ def test_calibration_is_for_w8a8_and_takes_a_tokenizer(directory, text, tmp_path
         load(bare, text)
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_run_does_not_change_what_is_smoothed(tmp_path, monkeypatch):
     """An entry serves models with a 16-bit and an INT8 cache: it is calibrated as one that has no INT8."""
     text = tmp_path / "text.txt"
