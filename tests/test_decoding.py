@@ -408,11 +408,13 @@ def test_nothing_compiles_anew_within_a_bucket(engine):
 
 
 def test_another_engine_over_the_same_config_compiles_nothing(engine, tmp_path):
+    sampled = SamplingParams(max_new_tokens=20, temperature=0.5)
     engine.generate_ids([prompt(16)] * 8, greedy(49))
+    engine.generate_ids(PROMPTS, sampled)
     num_compiled = len(_COMPILED)
     other = small_model.load(tmp_path)
     num_loading = len(_COMPILED)
-    other.generate_ids(PROMPTS, SamplingParams(max_new_tokens=20, temperature=0.5))
+    other.generate_ids(PROMPTS, sampled)
     assert len(_COMPILED) == num_loading
     assert num_loading - num_compiled <= 20  # placing the weights
 
