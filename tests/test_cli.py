@@ -935,9 +935,8 @@ def test_closed_stderr(checkpoint):
 
 
 def test_interrupt(checkpoint):
-    prompts = ["--prompt", "나는"] * 100  # minutes: a slow machine, too, is interrupted before the end
-    options = ["--max-batch-size", 1, "--ignore-eos", "--echo", "--max-new-tokens", _MAX_LEN]
-    with _start("generate", "--model", checkpoint, *prompts, *options) as process:
+    options = ["--prompt", "나는", "--stream", "--ignore-eos", "--echo", "--max-new-tokens", _MAX_LEN]
+    with _start("generate", "--model", checkpoint, *options) as process:
         assert process.stdout is not None
         assert process.stdout.read(1) == "나"
         process.send_signal(signal.SIGINT)
