@@ -354,7 +354,7 @@ def tune(
         num_gelu: columns of act that are GELU's; those in front of them are not compared.
         tensor_core_k: products of an output that tensor cores sum in f32 (`tolerance.allowed_error`).
         turns: rotations of a sample; fewer, and over fewer operands, where the reference is slow.
-        rounds: samples of a candidate; their median counts.
+        rounds: samples of a candidate; their median counts. Each begins with another candidate.
     """
     defined = functools.partial(_defined, num_gelu=num_gelu)
     expected = defined(jax.jit(oracle)(operands[0]))
@@ -383,9 +383,12 @@ def tune(
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:  # such as too little memory
             rejected.append((candidate.choice, str(error).splitlines()[0]))
     samples: dict[Choice, list[float]] = {choice: [] for choice in samplers}
-    for _ in range(rounds):
-        for choice, sample in samplers.items():
-            samples[choice].append(sample())
+    for number in range(rounds):
+        # Another begins each time: the first meets the coolest device, and looked 4 % faster on an H100.
+        order = list(samplers)
+        shift = number * len(order) // rounds
+        for choice in order[shift:] + order[:shift]:
+            samples[choice].append(samplers[choice]())
     timings = [Timing(choice, round(statistics.median(times), 3)) for choice, times in samples.items()]
     return Outcome(tuple(sorted(timings, key=lambda timed: timed.us)), tuple(rejected))
 
