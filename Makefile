@@ -66,9 +66,11 @@ check-kernels: ## run the CUDA kernels without JAX over the tests' shapes, alone
 	@$(ENVIRONMENT) $(VENV) runtime
 	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.0.0
 	cmake -S custom_ops/csrc -B build/driver -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DKOGPT_HOST=OFF -DKOGPT_CUDA=ON -DKOGPT_DRIVER=ON
-	cmake --build build/driver --target ops_driver prefill_attention_driver gemm_driver
+	cmake --build build/driver --target ops_driver all_reduce_driver prefill_attention_driver gemm_driver
 	build/driver/ops_driver check tests/op_shapes.txt
 	build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt
+	build/driver/all_reduce_driver check
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/all_reduce_driver check
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt

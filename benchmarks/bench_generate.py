@@ -278,6 +278,18 @@ def print_table(result: dict[str, Any]) -> None:
         )
 
 
+def device_step_bytes(config: ModelConfig, extents: tuple[int, int, int], batch: int, context: float) -> float:
+    """Bytes that the devices of one tensor shard read one after another for a token of each row.
+
+    The stages of a pipeline hold a share of the weights each and read it for every microbatch; with as many of these as
+    stages, all read at the same time, and a token of all rows takes what one stage reads for all microbatches.
+    """
+    data, pipe, tensor = extents
+    weights = step_bytes(config, 0, 0)
+    cache = step_bytes(config, -(-batch // data), context) - weights
+    return weights / tensor + cache / (pipe * tensor)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which random model is measured."""
     parser.add_argument("--preset", choices=sorted(PRESETS), default="kogpt-6b")
@@ -296,10 +308,10 @@ def make_config(
     return config if num_layers is None else dataclasses.replace(config, num_layers=num_layers)
 
 
-def make_model(arguments: argparse.Namespace, max_batch_size: int) -> KoGPT:
+def make_model(arguments: argparse.Namespace, max_batch_size: int, mesh: str = "d1p1t1") -> KoGPT:
     """The model that `add_model_arguments` asks for."""
     config = make_config(arguments.preset, arguments.layers, arguments.dtype, arguments.quant, arguments.kv_dtype)
-    return KoGPT.from_random(config, max_batch_size=max_batch_size, implementation=arguments.implementation)
+    return KoGPT.from_random(config, mesh=mesh, max_batch_size=max_batch_size, implementation=arguments.implementation)
 
 
 def main() -> None:

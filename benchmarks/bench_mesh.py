@@ -12,8 +12,8 @@ With ``--devices`` so many CPU devices are simulated, which share the machine's 
 Times are those of bench_generate.py. A step's limit is what a device must read / the read bandwidth measured in the
 same run: its shard's weights, in each of a pipeline's stages one after the other, and its own keys and values. The
 share of collectives is the time that their kernels cover on the first GPU in a profile, which counts waiting for the
-other devices, / the profiled time. Speed-up is over one device with as many rows in all, scaled speed-up over one with
-as many rows a device; efficiency is the former / the number of devices.
+other devices (and in AllReduceNormKernel a LayerNorm), / the profiled time. Speed-up is over one device with as many
+rows in all, scaled speed-up over one with as many rows a device; efficiency is the former / the number of devices.
 """
 
 import argparse
@@ -29,7 +29,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_generate import FEW_TOKENS, MANY_TOKENS, PRESETS, make_config, measure, prompts, read_bandwidth, step_bytes
+from bench_generate import (
+    FEW_TOKENS,
+    MANY_TOKENS,
+    PRESETS,
+    device_step_bytes,
+    make_config,
+    measure,
+    prompts,
+    read_bandwidth,
+)
 from environment import environment, write_result
 from profile_step import Decoder, account, read_trace, record
 from rich import box
@@ -37,7 +46,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kogpt_jax import KoGPT, SamplingParams
-from kogpt_jax.config import DTYPES, QUANTS, ModelConfig
+from kogpt_jax.config import DTYPES, QUANTS
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.errors import InputError
 from kogpt_jax.ops import CHOICES, describe
@@ -54,18 +63,6 @@ def all_meshes(num_devices: int) -> list[str]:
     powers = [2**exponent for exponent in range(num_devices.bit_length())]
     extents = [extents for extents in itertools.product(powers, repeat=3) if np.prod(extents) <= num_devices]
     return ["d{}p{}t{}".format(*extent) for extent in sorted(extents, key=lambda extent: (np.prod(extent), extent))]
-
-
-def device_step_bytes(config: ModelConfig, extents: tuple[int, int, int], batch: int, context: float) -> float:
-    """Bytes that the devices of one tensor shard read one after another for a token of each row.
-
-    The stages of a pipeline hold a share of the weights each and read it for every microbatch; with as many of these as
-    stages, all read at the same time, and a token of all rows takes what one stage reads for all microbatches.
-    """
-    data, pipe, tensor = extents
-    weights = step_bytes(config, 0, 0)
-    cache = step_bytes(config, -(-batch // data), context) - weights
-    return weights / tensor + cache / (pipe * tensor)
 
 
 def collective_share(model: KoGPT, batch: int, prompt_len: int) -> float | None:
@@ -109,13 +106,13 @@ def run_mesh(task: dict[str, Any]) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = task["mesh"]
     config = make_config(task["preset"], task["layers"], task["dtype"], task["quant"])
-    is_gpu = jax.default_backend() == "gpu"
     try:
         model = KoGPT.from_random(
             config, mesh=mesh, max_batch_size=max(task["batch"]), implementation=task["implementation"]
         )
     except InputError as error:
         return {"refused": str(error)}
+    is_gpu = jax.default_backend() == "gpu"  # behind the model, which settles how CUDA starts
     rows = []
     for batch in task["batch"]:
         row = measure(model, batch, task["prompt_len"], "greedy", task["repeats"])

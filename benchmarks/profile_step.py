@@ -8,6 +8,8 @@ Kernels overlap where one is launched before the kernel ahead of it has ended (p
 wait: their times add up to more than the step. So the share of a step that kernels account for is that of the union of
 their intervals, and each kernel's "own" time is what it adds to the union of those that began before it.
 
+Kernels of `custom_ops.decode_layers` are launched as one CUDA graph and have no scope: their names tell.
+
 While it is profiled XLA runs what stands in command buffers (CUDA graphs) operation by operation, unless the
 environment says XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true; hence the step's time without the
 profiler beside it. A trace of another layout than expected goes into the JSON as the names of its rows.
@@ -29,13 +31,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from bench_generate import SAMPLING, add_model_arguments, make_model, prompts, read_bandwidth, step_bytes
+from bench_generate import SAMPLING, add_model_arguments, device_step_bytes, make_model, prompts, read_bandwidth
 from environment import environment, write_result
 
 from kogpt_jax import KoGPT, decoding
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.ops import describe
 from kogpt_jax.packing import deal
+from kogpt_jax.sharding import mesh_name, parse_mesh
 
 SCOPES = ("w_in", "attention", "w_out", "lm_head", "sample")  # jax.named_scope in the model
 # Rows of a device that tell again, by operation or module, what its streams did.
@@ -258,6 +261,7 @@ def print_accounts(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
+    parser.add_argument("--mesh", default="d1p1t1", help="data x pipe x tensor devices; the first one is profiled")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--sampling", choices=sorted(SAMPLING), default="greedy")
@@ -267,7 +271,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     jax.config.update("jax_enable_compilation_cache", False)
-    model = make_model(arguments, arguments.batch)
+    model = make_model(arguments, arguments.batch, arguments.mesh)
     config = model.config
     # Once to warm up, three times without the profiler, and once with it, over the same positions of the texts.
     warm_up, repeats = 1, 3
@@ -300,6 +304,7 @@ def main() -> None:
         "num_layers": config.num_layers,
         "dtype": config.dtype,
         "quant": config.quant,
+        "mesh": mesh_name(model.mesh),
         "batch": decoder.rows,
         "prompt_len": arguments.prompt_len,
         "capacity": decoder.capacity,
@@ -308,7 +313,7 @@ def main() -> None:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "ceilings": {"read_bytes_per_s": bandwidth},
         "step_us": step_us,
-        "step_limit_us": 1e6 * step_bytes(config, decoder.rows, context) / bandwidth,
+        "step_limit_us": 1e6 * device_step_bytes(config, parse_mesh(arguments.mesh), decoder.rows, context) / bandwidth,
         "profiled_step_us": None if profiled_s is None else 1e6 * profiled_s / num_steps,
         "percent_of_step_in_kernels": None if accounts is None else 100 * accounts["union_us_per_step"] / step_us,
         "accounting": "union of the kernels' intervals: under dependent launch kernels overlap",

@@ -5,7 +5,9 @@ and an op raises where the one it is told to use cannot serve.
 """
 
 from custom_ops._library import LibraryInfo, jaxlib_ffi_version, library_info
+from custom_ops.all_reduce import all_reduce, all_reduce_ffi_problem, all_reduce_in_order, all_reduce_reference
 from custom_ops.decode_attention import decode_attention, decode_attention_ffi_problem, decode_attention_reference
+from custom_ops.decode_layers import DecodeHead, DecodeLayer, decode_layers, decode_layers_reference
 from custom_ops.int8_gemm import int8_gemm, int8_gemm_ffi_problem, int8_gemm_reference
 from custom_ops.linear import MAX_ROWS, EarlyColumns, LayerNorm, linear, linear_ffi_problem, linear_reference
 from custom_ops.mixed_gemm import mixed_gemm, mixed_gemm_ffi_problem, mixed_gemm_reference
@@ -23,13 +25,21 @@ __all__ = [
     "MAX_ATTENTION_ROWS",
     "MAX_ROWS",
     "NUM_SEMAPHORES",
+    "DecodeHead",
+    "DecodeLayer",
     "EarlyColumns",
     "LayerNorm",
     "LibraryInfo",
     "QuantizedArray",
+    "all_reduce",
+    "all_reduce_ffi_problem",
+    "all_reduce_in_order",
+    "all_reduce_reference",
     "decode_attention",
     "decode_attention_ffi_problem",
     "decode_attention_reference",
+    "decode_layers",
+    "decode_layers_reference",
     "dequantize",
     "int8_gemm",
     "int8_gemm_ffi_problem",

@@ -12,20 +12,22 @@ from custom_ops.quantization import QuantizedArray
 FLOAT_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 IMPLEMENTATIONS = ("reference", "ffi")
 
+Shaped = jax.Array | jax.ShapeDtypeStruct  # what stands for an array that is made later will do
 
-def check_shape(name: str, array: jax.Array | QuantizedArray, expected: tuple[int, ...]) -> None:
+
+def check_shape(name: str, array: Shaped | QuantizedArray, expected: tuple[int, ...]) -> None:
     """The array has exactly this shape."""
     if array.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
 
 
-def check_rank(name: str, array: jax.Array | QuantizedArray, rank: int) -> None:
+def check_rank(name: str, array: Shaped | QuantizedArray, rank: int) -> None:
     """The array has this many axes."""
     if array.ndim != rank:
         raise ValueError(f"{name} must have {rank} axes, got shape {array.shape}")
 
 
-def check_dtype(name: str, array: jax.Array, allowed: Sequence[Any]) -> None:
+def check_dtype(name: str, array: Shaped, allowed: Sequence[Any]) -> None:
     """The array's dtype is one of these."""
     if array.dtype not in [np.dtype(dtype) for dtype in allowed]:
         names = " or ".join(np.dtype(dtype).name for dtype in allowed)
@@ -55,12 +57,12 @@ def ffi_pages_problem(dtype: Any, pages_dtype: Any) -> str | None:
 
 
 def check_attention(
-    qkv: jax.Array,
+    qkv: Shaped,
     rotary: Sequence[jax.Array],
     k_pages: jax.Array | QuantizedArray,
     v_pages: jax.Array | QuantizedArray,
     page_table: jax.Array,
-    act: jax.Array,
+    act: Shaped,
     num_tokens: int,
     qkv_dim: int | None = None,
     **per_row: jax.Array,

@@ -11,7 +11,7 @@ import pathlib
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,12 @@ import jaxlib
 _TARGETS = {
     "kogpt_linear": "Linear",
     "kogpt_decode_attention": "DecodeAttention",
+    "kogpt_decode_layers": "DecodeLayers",
 }
-_CUDA_TARGETS = {"kogpt_prefill_attention": "PrefillAttention"}
+_CUDA_TARGETS = {
+    "kogpt_all_reduce": "AllReduce",
+    "kogpt_prefill_attention": "PrefillAttention",
+}
 _GEMM_TARGETS = {
     "kogpt_int8_gemm": "Int8Gemm",
     "kogpt_mixed_gemm": "MixedGemm",
@@ -102,6 +106,19 @@ def _load(platform: str) -> LibraryInfo:
         return info
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
         return LibraryInfo(name, str(path), problem=f"it cannot be loaded: {error}")
+
+
+def cuda_function(name: str, *argument_types: Any) -> Callable[..., str | None]:
+    """A function of the CUDA library, which must be one that can be used: it returns None or what went wrong."""
+    function = getattr(ctypes.CDLL(load("gpu").path), name)
+    function.argtypes = argument_types
+    function.restype = ctypes.c_char_p
+
+    def call(*arguments: Any) -> str | None:
+        message = function(*arguments)
+        return None if message is None else message.decode()
+
+    return call
 
 
 def jaxlib_ffi_version() -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ HEAD_DIMS = (64, 128, 256)  # with implementation "ffi"
 
 # The CUDA kernel cuts the keys into pieces of this many, whatever the batch, so that a row's sums do not depend on its
 # neighbours.
-_KEYS_PER_SPLIT = 64
+KEYS_PER_SPLIT = 64
 
 
 def decode_attention(
@@ -148,10 +148,10 @@ def decode_attention_ffi(
     semaphores = check_semaphores(semaphores)
     _, num_heads, page_len, head_dim = k_pages.shape
     batch, max_pages = page_table.shape
-    if problem := _shape_problem(head_dim, page_len):
+    if problem := shape_problem(head_dim, page_len):
         raise ValueError(f'with implementation "ffi" {problem}: k_pages has shape {k_pages.shape}')
     (k_values, k_scales), (v_values, v_scales) = map(values_and_scales, (k_pages, v_pages))
-    num_splits = -(-max_pages * page_len // _KEYS_PER_SPLIT)
+    num_splits = -(-max_pages * page_len // KEYS_PER_SPLIT)
     results = (
         jax.ShapeDtypeStruct(act.shape, act.dtype),
         *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in (k_values, k_scales, v_values, v_scales)),
@@ -199,7 +199,7 @@ def decode_attention_ffi_problem(
         _library.load(platform).problem
         or _arguments.ffi_dtype_problem(platform, np.dtype(dtype))
         or _arguments.ffi_pages_problem(dtype, pages_dtype)
-        or _shape_problem(head_dim, page_len)
+        or shape_problem(head_dim, page_len)
     )
 
 
@@ -210,7 +210,7 @@ def values_and_scales(pages: kv_pages.Pages) -> tuple[Array, Array]:
     return pages, _outputs.or_empty(None, jnp.float32)
 
 
-def _shape_problem(head_dim: int, page_len: int) -> str | None:
+def shape_problem(head_dim: int, page_len: int) -> str | None:
     if head_dim not in HEAD_DIMS:
         return f"head_dim must be in {HEAD_DIMS}, got {head_dim}"
     return f"page_len must be a multiple of 16, got {page_len}" if page_len % 16 else None

@@ -201,21 +201,20 @@ def linear_ffi(
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f'x must have 1 to {MAX_ROWS} rows with implementation "ffi", got shape {x.shape}')
     qvalue, scale = (weight.qvalue, weight.scale[:, 0]) if isinstance(weight, QuantizedArray) else (weight, None)
-    if problem := _k_problem(k_dim, qvalue.dtype):
+    if problem := k_problem(k_dim, qvalue.dtype):
         raise ValueError(f'with implementation "ffi" {problem}: weight has shape {weight.shape}')
     dtype = _compute_dtype(x, weight, layer_norm)
     split = num_outputs if gelu_from is None else gelu_from
     num_gelu = num_outputs - split
     act_shape = (0,) if gelu_from is None else (rows, num_gelu if act_dim is None else act_dim)
     has_scratch = layer_norm is not None or k_multiplier is not None or scale is not None
-    padded_rows = next(padded for padded in _PADDED_ROWS if rows <= padded)
     ln_scale, ln_bias, epsilon = (None, None, 0.0) if layer_norm is None else layer_norm
     results = (
         jax.ShapeDtypeStruct((rows, split), _outputs.y_dtype(dtype, residual, out_dtype)),
         jax.ShapeDtypeStruct(act_shape, dtype),
         jax.ShapeDtypeStruct((rows, k_dim) if has_scratch else (0,), dtype),
         # Sized for CUDA on every platform, since the platform is not known yet: the Host handler never touches it.
-        jax.ShapeDtypeStruct((_PARTIALS_PER_ROW * padded_rows,), jnp.float32),
+        jax.ShapeDtypeStruct((linear_partials_size(rows),), jnp.float32),
         jax.ShapeDtypeStruct(semaphores.shape, semaphores.dtype),
     )
     y, act, _, _, semaphores = jax.ffi.ffi_call("kogpt_linear", results, input_output_aliases={8: 4})(
@@ -238,6 +237,11 @@ def linear_ffi(
     return (y, semaphores) if gelu_from is None else (y, act, semaphores)
 
 
+def linear_partials_size(rows: int) -> int:
+    """f32 values of scratch that "ffi" needs for so many rows."""
+    return _PARTIALS_PER_ROW * next(padded for padded in _PADDED_ROWS if rows <= padded)
+
+
 def linear_ffi_problem(*, platform: str, dtype: Any, weight_dtype: Any, k_dims: Sequence[int]) -> str | None:
     """Why "ffi" cannot multiply with such weights on this machine, or None if it can.
 
@@ -252,10 +256,10 @@ def linear_ffi_problem(*, platform: str, dtype: Any, weight_dtype: Any, k_dims: 
         return problem
     if weight_dtype not in (dtype, np.dtype(jnp.int8)):
         return f"weights must be {dtype.name} or int8, not {weight_dtype.name}"
-    return next(filter(None, (_k_problem(k_dim, weight_dtype) for k_dim in k_dims)), None)
+    return next(filter(None, (k_problem(k_dim, weight_dtype) for k_dim in k_dims)), None)
 
 
-def _k_problem(k_dim: int, weight_dtype: np.dtype) -> str | None:
+def k_problem(k_dim: int, weight_dtype: np.dtype) -> str | None:
     multiple = 16 if weight_dtype == jnp.int8 else 8
     return (
         f"K must be a multiple of {multiple} with {weight_dtype.name} weights, got {k_dim}"

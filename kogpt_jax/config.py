@@ -17,7 +17,8 @@ Quant = Literal["none", "w8a16", "w8a8"]
 QUANTS: tuple[str, ...] = get_args(Quant)
 Implementation = Literal["reference", "ffi"]
 GemmImplementation = Literal["reference", "ffi", "linear"]
-AllReduce = Literal["psum", "in_order"]
+AllReduce = Literal["psum", "in_order", "ffi"]
+DeviceGrid = tuple[tuple[tuple[int, ...], ...], ...]  # [data][pipe][tensor]
 
 # One formula under its Hugging Face names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 _TANH_GELU_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -194,12 +195,17 @@ class OpsConfig:
     linear: Implementation = "reference"  # products of 1 to 64 rows
     linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
     decode_attention: Implementation = "reference"
+    # All layers of a decode step as one call, up to 64 rows; "reference": op by op.
+    decode_layers: Implementation = "reference"
     prefill_attention: Implementation = "reference"
     # Layers' products of whole sequences with INT8 weights; the others are XLA's. "linear" (w8a16): groups of 64 rows.
     gemm: GemmImplementation = "reference"
-    # A decode step's sum over tensor shards. "in_order" adds them in their order: a library's sum may take them in an
-    # order that depends on the place in the array, and so on the row.
+    # A decode step's sums over shards: the project's kernel, or what adds up more values than it takes. "in_order" adds
+    # shards in their order, as the kernel does: a library's sum may take them in an order that depends on the place in
+    # the array, and so on the row.
     all_reduce: AllReduce = "psum"
+    all_reduce_many_values: Literal["psum", "in_order"] = "psum"
+    devices: DeviceGrid = ()  # for "ffi": CUDA's numbers of the mesh's devices
 
 
 def _integer(hf: Mapping[str, Any], key: str, default: int, source: str) -> int:

@@ -298,13 +298,16 @@ def _decode_ticks(
         if num_stages > 1:
             is_running &= number >= 0
         cache = dataclasses.replace(part.cache, k=state.cache.k, v=state.cache.v)
-        x, cache, semaphores = model.decode_step(x, is_running.astype(jnp.int32), cache, state.semaphores)
+        step = model.decode_step_to_logits if num_stages == 1 else model.decode_step
+        x, cache, semaphores = step(x, is_running.astype(jnp.int32), cache, state.semaphores)
         cache = dataclasses.replace(state.cache, k=cache.k, v=cache.v)
         return x, (dataclasses.replace(state, cache=cache, semaphores=semaphores), emitted)
 
     def leave(number: Any, x: Array, carry: _Decoding) -> _Decoding:
         state, emitted = carry
-        logits, semaphores = model.next_logits(x, state.semaphores)
+        logits, semaphores = x, state.semaphores  # over one stage, whose step goes up to them
+        if num_stages > 1:
+            logits, semaphores = model.next_logits(x, semaphores)
         rows = _rows_of(state)
         part = microbatch(rows, number, num_stages)
         # All stages have the token by now: until then its place is the same for all of them.
@@ -506,8 +509,7 @@ def stepped_logits(
         num_new = jnp.ones(tokens.shape[0], jnp.int32)
 
         def step(carry: tuple[KVCache, Array], tokens: Array) -> tuple[tuple[KVCache, Array], Array]:
-            x, cache, semaphores = model.decode_step(model.embed(tokens), num_new, *carry)
-            logits, semaphores = model.next_logits(x, semaphores)
+            logits, cache, semaphores = model.decode_step_to_logits(model.embed(tokens), num_new, *carry)
             return (cache, semaphores), logits
 
         _, logits = jax.lax.scan(step, (cache, make_semaphores()), tokens.T)
@@ -526,8 +528,9 @@ def _next_token(state: DecodeState, logits: Array, definition: ModelDef) -> tupl
     """Samples for the running rows and counts them down; the state's cache already holds the token before."""
     is_running = state.num_remaining > 0
     tokens, logprobs = sample(logits, state.sampling, state.cache.lengths, definition.vocabulary)
-    eos_token_ids = jnp.array(definition.config.eos_token_ids, jnp.int32)
-    is_eos = jnp.any(tokens[:, None] == eos_token_ids, axis=-1) & ~state.ignore_eos
+    # Number by number: an array of none, as a constant inside `jax.shard_map`, crashes jaxlib 0.11's compiler.
+    is_one = [tokens == token_id for token_id in definition.config.eos_token_ids]
+    is_eos = functools.reduce(jnp.logical_or, is_one, jnp.zeros(tokens.shape, bool)) & ~state.ignore_eos
     num_remaining = jnp.where(is_running & ~is_eos, state.num_remaining - 1, 0)
     state = dataclasses.replace(state, tokens=jnp.where(is_running, tokens, state.tokens), num_remaining=num_remaining)
     return state, jnp.where(is_running, tokens, NO_TOKEN), jnp.where(is_running, logprobs, 0.0)

@@ -12,7 +12,8 @@ import math
 import operator
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -61,6 +62,10 @@ FinishReason = Literal["stop", "length"]
 STEPS_PER_CHUNK = 8
 
 _GPTJ_DEFAULT_EOS = 50256
+
+# Programs that sum over devices by the project's kernel must begin in one order on all of them
+# (`custom_ops.all_reduce`), whichever threads and engines start them.
+_STARTING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +245,7 @@ class KoGPT:
         check_choice(implementation)
         extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are loaded
-        runtime.configure()
+        runtime.configure(num_shards=extents[1] * extents[2])
         directory = demo.DIRECTORY if path == "demo" else pathlib.Path(path)
         config = dataclasses.replace(checkpoint.load_config(directory, dtype=dtype), quant=quant, kv_dtype=kv_dtype)
         tokenizer_file = find_tokenizer(directory)
@@ -300,7 +305,7 @@ class KoGPT:
         """A model of random weights made on the devices, without a tokenizer: for benchmarks and tests."""
         extents = sharding.parse_mesh(mesh)
         _check_max_batch_size(max_batch_size)  # before the weights are made
-        runtime.configure()
+        runtime.configure(num_shards=extents[1] * extents[2])
         device_mesh = sharding.make_mesh(*extents)
         leaves = model.random_leaves(config, device_mesh, seed=seed)
         return cls(
@@ -395,7 +400,7 @@ class KoGPT:
         distributed.check_same("token ids", ids)
         chunks = self._pack_whole(deal([ids], self.mesh.shape["data"]), 1)
         self._kept_cache = None
-        logits = distributed.fetch(decoding.all_logits(self.leaves, chunks, **self._static))
+        logits = distributed.fetch(self._start(decoding.all_logits, self.leaves, chunks))
         return logits[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
     def score(self, texts: str | Sequence[str]) -> list[Score]:
@@ -422,7 +427,7 @@ class KoGPT:
             num_parts = num_chunks * self.mesh.shape["data"]
             slots = deal(group, num_parts)
             chunks = self._pack_whole([None if text is None else rows[text] for text in slots], num_chunks)
-            logprobs = distributed.fetch(decoding.score(self.leaves, chunks, **self._static)).reshape(num_parts, -1)
+            logprobs = distributed.fetch(self._start(decoding.score, self.leaves, chunks)).reshape(num_parts, -1)
             begins = np.asarray(chunks.begins).reshape(num_parts, -1)
             for slot, text in enumerate(slots):
                 if text is None:
@@ -576,7 +581,7 @@ class KoGPT:
         try:
             while True:
                 while num_dispatched < most and len(under_way) < self._chunks_in_flight:
-                    state, emitted = decoding.decode_loop(self.leaves, state, num_steps=STEPS_PER_CHUNK, **self._static)
+                    state, emitted = self._start(decoding.decode_loop, self.leaves, state, num_steps=STEPS_PER_CHUNK)
                     under_way.append(_fetched(emitted))
                     num_dispatched += STEPS_PER_CHUNK
                 if state is not None and num_dispatched >= most:  # here, where the host would wait for the devices
@@ -596,6 +601,11 @@ class KoGPT:
             if not isinstance(error, GeneratorExit):
                 self._kept_cache = None
             raise
+
+    def _start(self, phase: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Calls a jitted phase: returns once it has begun, or will begin next, on all devices."""
+        with _STARTING:
+            return phase(*args, **options, **self._static)
 
     def _keep(self, cache: KVCache) -> None:
         """For the next batch: rows without tokens over the same pages."""
@@ -625,14 +635,14 @@ class KoGPT:
             cache, last_hidden = self._read_one_by_one(slots, cache, last_hidden)
         else:
             cache, last_hidden = self._read([row.prompt_ids for row in rows], cache, last_hidden)
-        return decoding.start_decode(
+        return self._start(
+            decoding.start_decode,
             self.leaves,
             cache,
             last_hidden,
             np.array([row.max_new_tokens for row in rows], np.int32),
             np.array([row.params.ignore_eos for row in rows]),
             RowSampling.from_params([row.params for row in rows]),
-            **self._static,
         )
 
     def _read(
@@ -640,7 +650,7 @@ class KoGPT:
     ) -> tuple[KVCache, jax.Array]:
         """Reads prompts into a cache of as many rows; gives back what `decoding.prefill` does."""
         for chunks in pack_prompts(prompts, num_shards=self.mesh.shape["data"], num_stages=self.mesh.shape["pipe"]):
-            cache, last_hidden = decoding.prefill(self.leaves, cache, last_hidden, chunks, **self._static)
+            cache, last_hidden = self._start(decoding.prefill, self.leaves, cache, last_hidden, chunks)
         return cache, last_hidden
 
     def _read_one_by_one(
@@ -779,6 +789,7 @@ def _resolve_ops(
         num_shards=Split.of(mesh).num_shards,
         max_rows=power_bucket(max_batch_size, num_data * mesh.shape["pipe"]) // num_data,
         deterministic=deterministic,
+        devices=sharding.cuda_devices(mesh),
     )
 
 

@@ -370,9 +370,9 @@ def _batches(
 def _logits(engine: KoGPT, tokens: Int[np.ndarray, "B T"], phase: Phase) -> Float[Array, "B T V"]:
     if phase == "prefill":
         chunks = pack_whole(tokens.tolist(), num_shards=1, num_chunks=1)
-        return decoding.all_logits(engine.leaves, chunks, **engine._static)[0, : tokens.size].reshape(*tokens.shape, -1)
+        return engine._start(decoding.all_logits, engine.leaves, chunks)[0, : tokens.size].reshape(*tokens.shape, -1)
     cache = kv_cache.make_kv_cache(engine.config, engine.mesh, *tokens.shape)
-    return decoding.stepped_logits(engine.leaves, cache, tokens, **engine._static)
+    return engine._start(decoding.stepped_logits, engine.leaves, cache, tokens)
 
 
 @jax.jit

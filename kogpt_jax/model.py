@@ -2,9 +2,9 @@
 
 Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a layer is two products: ``w_in`` makes
 queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
-`psum` follows. Prompts and texts to be scored are packed, the tokens of all rows one after another, so that little is
-computed for padding; only `custom_ops.prefill_attention` looks at rows. A decode step calls `custom_ops`, whose kernels
-do a layer in three calls.
+sum over the shards follows. Prompts and texts to be scored are packed, the tokens of all rows one after another, so
+that little is computed for padding; only `custom_ops.prefill_attention` looks at rows. A decode step is one call of
+`custom_ops.decode_layers` where its kernels run all of it (`GPTJ.decode_step_to_logits`), else three ops a layer.
 
 Global leaves have a leading axis of pipeline stages (`sharding.Split`) and one of tensor shards; of both a device
 holds one, and `_local` drops them.
@@ -28,9 +28,12 @@ from jaxtyping import Array, Float, Int
 
 from custom_ops import (
     MAX_ROWS,
+    DecodeHead,
+    DecodeLayer,
     EarlyColumns,
     QuantizedArray,
     decode_attention,
+    decode_layers,
     int8_gemm,
     linear,
     make_semaphores,
@@ -41,6 +44,7 @@ from custom_ops import (
 )
 from custom_ops.pages import Pages
 from custom_ops.prefill_attention import token_rows
+from kogpt_jax.collectives import device_groups, is_kernel, sum_over
 from kogpt_jax.config import ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import KVCache, pages_per_row
@@ -78,7 +82,7 @@ class Embed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: LayerNorm -> ``w_in`` -> attention beside GELU -> ``w_out`` -> psum -> residual."""
+    """One layer: LayerNorm -> ``w_in`` -> attention beside GELU -> ``w_out`` -> sum over shards -> residual."""
 
     def __init__(self, config: ModelConfig, split: Split, ops: OpsConfig):
         model_dim, ffn_dim = config.model_dim, config.ffn_dim
@@ -206,6 +210,18 @@ class Block(nnx.Module):
         check("w_out", layer, lambda: (x,))
         return x, (k_pages, v_pages), semaphores
 
+    def decode_layer(self) -> DecodeLayer:
+        """This device's parameters, as `custom_ops.decode_layers` takes them."""
+        return DecodeLayer(
+            ln_scale=_local(self.ln_scale, 1),
+            ln_bias=_local(self.ln_bias, 1),
+            w_in=_local_weight(self.w_in, self.w_in_scale),
+            b_ffn_in=_local(self.b_ffn_in, 1),
+            w_out=_local_weight(self.w_out, self.w_out_scale),
+            k_multiplier=self._local_multiplier(),
+            b_ffn_out=_local(self.b_ffn_out, 1),
+        )
+
     def last_tokens(
         self,
         x: Float[Array, "T D"],
@@ -272,8 +288,7 @@ class Block(nnx.Module):
                 x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x, **options)
             else:
                 out, semaphores = decode_linear(act, w_out, ops, semaphores, out_dtype=jnp.float32, **options)
-                total = jax.lax.psum(out, "tensor") if ops.all_reduce == "psum" else _sum_in_order(out, "tensor")
-                x = x + total + bias.astype(jnp.float32)
+                x = sum_over(out, ("tensor",), ops, bias=bias, residual=x)
         return x, semaphores
 
 
@@ -285,7 +300,7 @@ class GPTJ(nnx.Module):
         self.config = config
         self.ops = ops
         self.guard = guard
-        self.vocabulary = Vocabulary(config.vocab_size, math.prod(split))
+        self.vocabulary = Vocabulary(config.vocab_size, math.prod(split), ops)
         self.embed = Embed(config, self.vocabulary)
         self.blocks = nnx.List([Block(config, split, ops) for _ in range(split.layers_per_stage(config.num_layers))])
         self.ln_f_scale = _param((config.model_dim,), ("embed",), config, mean=1.0)
@@ -372,6 +387,9 @@ class GPTJ(nnx.Module):
             The residual stream behind the last of the layers (that of a finished row means nothing), the cache, the
             semaphores.
         """
+        if self._is_one_call(x.shape[0]):
+            x, _, cache, semaphores = self._decode_layers(x, num_new, cache, semaphores, None)
+            return x, cache, semaphores
         rotary = rotary_tables(cache.lengths, self.config)
         check: Check = no_check
         if self.guard is not None:
@@ -382,6 +400,54 @@ class GPTJ(nnx.Module):
             x, layer_pages, semaphores = block.decode_step(x, rotary, layer, cache, num_new, semaphores, check)
             new_pages.append(layer_pages)
         return x, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
+
+    def decode_step_to_logits(
+        self, x: Float[Array, "B D"], num_new: Int[Array, " B"], cache: KVCache, semaphores: Array
+    ) -> tuple[Float[Array, "B local_V"], KVCache, Array]:
+        """`decode_step` and `next_logits`, where one stage has all layers: (logits, cache, semaphores)."""
+        if not self._is_one_call(x.shape[0]):
+            x, cache, semaphores = self.decode_step(x, num_new, cache, semaphores)
+            logits, semaphores = self.next_logits(x, semaphores)
+            return logits, cache, semaphores
+        head = DecodeHead(
+            self.ln_f_scale[...],
+            self.ln_f_bias[...],
+            _local_weight(self.lm_head, self.lm_head_scale),
+            self.lm_head_bias[...],
+        )
+        _, logits, cache, semaphores = self._decode_layers(x, num_new, cache, semaphores, head)
+        return self.vocabulary.without_padding(logits), cache, semaphores
+
+    def _is_one_call(self, rows: int) -> bool:
+        """Whether the layers run as one call: the guard looks between their ops."""
+        has_sums = self.blocks[0].num_shards == 1 or is_kernel((rows, self.config.model_dim), self.ops)
+        return self.ops.decode_layers == "ffi" and rows <= MAX_ROWS and has_sums and self.guard is None
+
+    def _decode_layers(
+        self, x: Array, num_new: Array, cache: KVCache, semaphores: Array, head: DecodeHead | None
+    ) -> tuple[Array, Any, KVCache, Array]:
+        """(x, logits or None, cache, semaphores) of `custom_ops.decode_layers`."""
+        has_shards = self.blocks[0].num_shards > 1
+        with jax.named_scope("decode_layers"):
+            x, logits, k, v, semaphores = decode_layers(
+                x,
+                [block.decode_layer() for block in self.blocks],
+                rotary_tables(cache.lengths, self.config),
+                cache.k,
+                cache.v,
+                cache.page_table,
+                cache.lengths,
+                num_new,
+                epsilon=self.config.layer_norm_epsilon,
+                head=head,
+                sum_over=("tensor",) if has_shards else None,
+                device_groups=device_groups(self.ops.devices, ("tensor",)) if has_shards else (),
+                semaphores=semaphores,
+                prefetch_weights=True,  # arguments of the jitted phases: no kernel writes them
+                implementation="ffi",
+            )
+        new_pages = list(zip(k, v, strict=True))
+        return x, logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores
 
     def next_logits(self, x: Float[Array, "B D"], semaphores: Array) -> tuple[Float[Array, "B local_V"], Array]:
         """`logits` of a decode step, by its kernels: (logits, semaphores)."""
@@ -581,11 +647,6 @@ def layer_norm(
     return numerics.layer_norm(x, scale, bias, config.layer_norm_epsilon).astype(config.jax_dtype)
 
 
-def _sum_in_order(x: Float[Array, "B D"], axis_name: str) -> Float[Array, "B D"]:
-    """`jax.lax.psum` over a mesh axis, in the order of the devices along it wherever a value stands."""
-    return functools.reduce(jnp.add, jax.lax.all_gather(x, axis_name))
-
-
 def rotary_tables(
     positions: Int[Array, "*B"], config: ModelConfig
 ) -> tuple[Float[Array, "*B R"], Float[Array, "*B R"]]:
@@ -674,6 +735,7 @@ class ModelDef:
 
     config: ModelConfig
     split: Split
+    ops: OpsConfig
     params: tuple[ParamSpec, ...]  # in the order of the leaves
     _graphdef: nnx.GraphDef[GPTJ]
     _treedef: jax.tree_util.PyTreeDef
@@ -686,7 +748,7 @@ class ModelDef:
     @property
     def vocabulary(self) -> Vocabulary:
         """How the tokens lie over the mesh."""
-        return Vocabulary(self.config.vocab_size, math.prod(self.split))
+        return Vocabulary(self.config.vocab_size, math.prod(self.split), self.ops)
 
     def merge(self, leaves: Sequence[Array]) -> GPTJ:
         """The module over these leaves (global outside, local inside `jax.shard_map`), in the order of ``params``."""
@@ -719,7 +781,7 @@ def model_def(
         name = ".".join(str(part) for part in path).removeprefix("embed.")
         metadata = {key: variable.get_metadata()[key] for key in ("logical_axes", "init_mean", "parts")}
         params.append(ParamSpec(name, leaf.shape, leaf.dtype, **metadata))
-    return ModelDef(config, split, tuple(params), graphdef, treedef)
+    return ModelDef(config, split, ops, tuple(params), graphdef, treedef)
 
 
 def random_leaves(config: ModelConfig, mesh: Mesh, *, seed: int = 0, std: float = 0.02) -> list[jax.Array]:

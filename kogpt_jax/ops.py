@@ -1,10 +1,12 @@
 """Which implementation runs each op: resolved once, when an engine is built, and printed. Nothing falls back later."""
 
+import logging
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from custom_ops import (
+    all_reduce_ffi_problem,
     autotune,
     decode_attention_ffi_problem,
     int8_gemm_ffi_problem,
@@ -13,12 +15,16 @@ from custom_ops import (
     prefill_attention_ffi_problem,
 )
 from custom_ops.linear import MAX_ROWS
-from kogpt_jax.config import AllReduce, GemmImplementation, Implementation, ModelConfig, OpsConfig
+from kogpt_jax.collectives import device_groups, num_along
+from kogpt_jax.config import DeviceGrid, GemmImplementation, ModelConfig, OpsConfig
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import PAGE_LEN
+from kogpt_jax.sharding import VOCAB_AXES
 
 Choice = Literal["auto", "ffi", "reference"]
 CHOICES: tuple[str, ...] = get_args(Choice)
+
+_logger = logging.getLogger("kogpt_jax")
 
 
 def check_choice(choice: str) -> None:
@@ -35,6 +41,7 @@ def resolve_ops(
     num_shards: int = 1,
     max_rows: int = 1,
     deterministic: bool = False,
+    devices: DeviceGrid = (),
 ) -> OpsConfig:
     """The implementation of each op for a model on a platform ("cpu" or "gpu").
 
@@ -47,7 +54,11 @@ def resolve_ops(
     (`custom_ops.autotune`), else the project's kernel on a GPU.
     With ``deterministic`` a decode step takes what gives a row the same bits in any place of a batch: the kernels of
     `linear` and `decode_attention`, for "auto" too, and sums over tensor shards in order.
-    ``max_rows`` is how many rows a data shard of a batch has at most.
+    A decode step's sums over shards are the project's kernel's where all devices are GPUs of this process that NVLink
+    links. With several processes they are a library's; where the kernel cannot be had for another reason, "auto" takes
+    the library's too and a warning has the reason, and "ffi" is an error.
+    ``max_rows`` is how many rows a data shard of a batch has at most. ``devices`` are CUDA's numbers of the mesh's
+    devices, if all belong to this process.
 
     Raises:
         InputError: an unknown choice, or "ffi" or ``deterministic`` where it cannot work, with the reason.
@@ -78,13 +89,23 @@ def resolve_ops(
         for op in ("linear", "decode_attention"):
             if problems[op] is not None:
                 raise InputError(f"deterministic cannot be used: it takes the kernel of {op}, but {problems[op]}")
-    best: dict[str, Implementation] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
-    all_reduce: AllReduce = "in_order" if deterministic else "psum"
+    best: dict[str, Any] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
+    order: Literal["psum", "in_order"] = "in_order" if deterministic else "psum"
+    sums: dict[str, Any] = {"all_reduce": order, "all_reduce_many_values": order}
+    if platform == "gpu" and devices and num_along(devices, VOCAB_AXES) > 1:
+        problems["all_reduce"] = _all_reduce_problem(devices)
+        if problems["all_reduce"] is None:
+            sums |= {"all_reduce": "ffi", "devices": devices}
+        elif choice == "auto":
+            _logger.warning("sums over shards are the collective library's: %s", problems["all_reduce"])
+    has_kernels = problems["linear"] is None and problems["decode_attention"] is None
+    if has_kernels and (num_shards == 1 or sums["all_reduce"] == "ffi"):
+        best["decode_layers"] = "ffi"
     if choice == "ffi":
         for op, problem in problems.items():
             if problem is not None:
                 raise InputError(f"implementation 'ffi' cannot be used for {op}: {problem}")
-        return OpsConfig(linear_many_rows="ffi", all_reduce=all_reduce, **best)
+        return OpsConfig(linear_many_rows="ffi", **sums, **best)
     gemm: GemmImplementation = "reference"
     if is_quantized:
         gemm, *others = gemm_implementations(config, platform=platform, num_shards=num_shards)
@@ -93,8 +114,8 @@ def resolve_ops(
             fastest = autotune.fastest_implementation(platform, gemm_op(config), config.jax_dtype, shapes, usable)
             gemm = cast(GemmImplementation, fastest or gemm)
     best.pop("gemm", None)
-    many_rows = best["linear"] if is_quantized or deterministic else "reference"
-    return OpsConfig(**best, linear_many_rows=many_rows, gemm=gemm, all_reduce=all_reduce)
+    many_rows: Any = best["linear"] if is_quantized or deterministic else "reference"
+    return OpsConfig(**best, linear_many_rows=many_rows, gemm=gemm, **sums)
 
 
 def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int = 1) -> tuple[GemmImplementation, ...]:
@@ -135,11 +156,22 @@ def _gemm_problem(config: ModelConfig, platform: str, num_shards: int) -> str | 
     return problem(platform=platform, dtype=config.jax_dtype, k_dims=k_dims)
 
 
+def _all_reduce_problem(devices: DeviceGrid) -> str | None:
+    for axes in (("tensor",), VOCAB_AXES):
+        if num_along(devices, axes) > 1:
+            problem = all_reduce_ffi_problem(platform="gpu", device_groups=device_groups(devices, axes))
+            if problem is not None:
+                return problem
+    return None
+
+
 def describe(ops: OpsConfig) -> str:
     """What runs, in one line."""
     return (
         f"linear {ops.linear} (more than {MAX_ROWS} rows {ops.linear_many_rows}), "
-        f"decode_attention {ops.decode_attention}, prefill_attention {ops.prefill_attention}, "
+        f"decode_attention {ops.decode_attention}"
+        + (" (a step's layers as one call)" if ops.decode_layers == "ffi" else "")
+        + f", prefill_attention {ops.prefill_attention}, "
         f"INT8 products of prefill and scoring {ops.gemm}"
-        + (", sums over tensor shards in order" if ops.all_reduce == "in_order" else "")
+        + {"psum": "", "in_order": ", sums over shards in order", "ffi": ", sums over shards ffi"}[ops.all_reduce]
     )

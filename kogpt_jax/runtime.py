@@ -5,6 +5,7 @@
 | XLA_CLIENT_MEM_FRACTION    | .92                       | it, or its older name XLA_PYTHON_CLIENT_MEM_FRACTION  |
 | jax_compilation_cache_dir  | ``cache_dir() / "xla"``   | it, or jax_enable_compilation_cache to false          |
 | jax_persistent_cache_min_* | 0 seconds, 0 bytes        | it, or the folder above                               |
+| CUDA_MODULE_LOADING        | EAGER, see ``configure``  | it                                                    |
 
 The lower-case names are JAX's options, which environment variables (``JAX_COMPILATION_CACHE_DIR``) set too. They count
 from the start of JAX's backend on, that is from the first JAX operation of the process: ``configure`` comes before it.
@@ -30,6 +31,8 @@ _MEM_FRACTION = ".92"
 # XLA refuses to start when both names are set, so the older one counts as a choice of the user's too.
 _MEM_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
+_MODULE_LOADING = "CUDA_MODULE_LOADING"
+
 # Name, JAX's default, ours. JAX keeps only programs that took a second to compile; here the second start shall compile
 # nothing at all, and the small model is dozens of programs below a second. 0 bytes keeps entries of every size.
 _CACHE_THRESHOLDS = (
@@ -47,6 +50,7 @@ _FIRST_SLURM_PORT, _NUM_SLURM_PORTS = 20000, 10000  # below those that Linux giv
 
 _logger = logging.getLogger("kogpt_jax")
 _settings: tuple["Setting", ...] | None = None
+_module_loading: Literal["user", "kogpt_jax", "jax"] = "jax"  # who chose it
 
 
 class ProcessVariables(NamedTuple):
@@ -101,22 +105,31 @@ def _number(name: str) -> int | None:
     return None if value is None else int(value)
 
 
-def configure() -> None:
-    """Makes the process-wide settings that the user has not made. Only the first call of a process does anything.
+def configure(*, num_shards: int = 1) -> None:
+    """Makes the process-wide settings that the user has not made. Only the first call of a process does anything, and
+    the first for a model that lies over several devices.
+
+    For such a one CUDA loads all kernels when it starts, since one that is loaded while a device waits for another may
+    make the other wait for the first (`custom_ops.all_reduce`). That takes a process in which CUDA has not started.
 
     A cache folder that cannot be written is no error: one warning names it and the process goes on without a cache.
     """
-    global _settings
+    global _settings, _module_loading
     if _settings is None:
         _settings = (_set_mem_fraction(), *_set_compilation_cache())
         autotune.set_user_folder(cache_dir() / "tuned")
+    if num_shards > 1 and _module_loading == "jax":
+        _module_loading = "user" if os.environ.get(_MODULE_LOADING) else "kogpt_jax"
+        os.environ[_MODULE_LOADING] = os.environ.get(_MODULE_LOADING) or "EAGER"
 
 
 def settings() -> tuple[Setting, ...]:
     """What is in force and who chose it, made by ``configure`` if that has not run yet."""
     configure()
     assert _settings is not None
-    return _settings
+    if _module_loading == "jax":
+        return _settings
+    return *_settings, Setting(_MODULE_LOADING, os.environ[_MODULE_LOADING], _module_loading)
 
 
 def _set_mem_fraction() -> Setting:

@@ -103,6 +103,14 @@ def make_mesh(data: int = 1, pipe: int = 1, tensor: int = 1, *, devices: Sequenc
     return jax.make_mesh((data, pipe, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
+def cuda_devices(mesh: Mesh) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """CUDA's numbers of a mesh's GPUs, [data][pipe][tensor]; () where they are no GPUs or not all of this process."""
+    devices = mesh.devices
+    if devices.flat[0].platform != "gpu" or any(d.process_index != jax.process_index() for d in devices.flat):
+        return ()
+    return tuple(tuple(tuple(d.local_hardware_id for d in shards) for shards in stages) for stages in devices)
+
+
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     """The partition of an array whose axes carry these logical names (None: not partitioned).
 

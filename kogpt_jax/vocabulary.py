@@ -14,15 +14,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kogpt_jax import collectives
+from kogpt_jax.config import OpsConfig
 from kogpt_jax.sharding import VOCAB_AXES
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Tokens, and over how many shards they lie."""
+    """Tokens, over how many shards they lie, and what runs the sums of a decode step."""
 
     size: int
     num_shards: int = 1
+    ops: OpsConfig = OpsConfig()
 
     @property
     def shard_len(self) -> int:
@@ -39,7 +42,11 @@ class Vocabulary:
         if self.num_shards == 1:
             return table[tokens]
         local, is_own = self._local(tokens)
-        return jax.lax.psum(jnp.where(is_own[..., None], table[local], 0), VOCAB_AXES)  # exact: one term is not 0
+        rows = jnp.where(is_own[..., None], table[local], 0)
+        # Exact in any dtype and order: one term is not 0.
+        if not collectives.is_kernel(rows.shape, self.ops):
+            return jax.lax.psum(rows, VOCAB_AXES)
+        return collectives.sum_over(rows.astype(jnp.float32), VOCAB_AXES, self.ops).astype(table.dtype)
 
     def without_padding(self, logits: Float[Array, "*B local_V"]) -> Float[Array, "*B local_V"]:
         """This shard's logits, -inf behind the end of the vocabulary."""
@@ -60,11 +67,13 @@ class Vocabulary:
         """
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         largest = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        total = jax.nn.logsumexp(logits, axis=-1)
+        # `jax.nn.logsumexp` with the maximum that is there already: a pass over the logits less.
+        offset = jnp.where(jnp.isfinite(largest), largest, 0)
+        total = offset + jnp.log(jnp.sum(jnp.exp(logits - offset[:, None]), axis=-1))
         if self.num_shards > 1:
             # One collective: a position in a shard is exact in f32.
             best = jnp.stack([largest, total, tokens.astype(jnp.float32)])
-            largest, total, tokens = jax.lax.all_gather(best, VOCAB_AXES, axis=1)  # each [shards, B]
+            largest, total, tokens = collectives.gather(best, VOCAB_AXES, self.ops).swapaxes(0, 1)  # each [shards, B]
             winner = jnp.argmax(largest, axis=0)  # the first of equal ones, as within a shard
             positions = jnp.take_along_axis(tokens, winner[None], axis=0)[0].astype(jnp.int32)
             tokens = winner.astype(jnp.int32) * self.shard_len + positions

@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not (_selects(config, "gpu") or _selects(config, "multigpu")):
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["JAX_NUM_CPU_DEVICES"] = str(_NUM_CPU_DEVICES)
+    if _selects(config, "multigpu"):
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # as `runtime.configure` has it for several devices
     # Neither this process nor the ones that tests start touch the user's own cache; within a run they share one.
     folder = pathlib.Path(tempfile.mkdtemp(prefix="kogpt-test-cache-"))
     config.stash[_cache_folder] = folder

@@ -24,8 +24,9 @@ def test_every_mesh_of_so_many_devices_is_named_once(bench):
 
 def test_bytes_that_bound_a_step(bench):
     """Tensor shards share weights, a pipeline's stages read theirs one after another, and all share the cache."""
-    weights = bench.step_bytes(KOGPT_6B, 0, 0)
-    cache = bench.step_bytes(KOGPT_6B, 8, 1000) - weights
+    step_bytes = __import__("bench_generate").step_bytes
+    weights = step_bytes(KOGPT_6B, 0, 0)
+    cache = step_bytes(KOGPT_6B, 8, 1000) - weights
     expected = {
         (1, 1, 1): weights + cache,
         (1, 1, 4): (weights + cache) / 4,

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from small_model import CONFIG, KERNEL_CONFIG, greedy, prompt
 from test_decoding import programs
 
-from kogpt_jax import Completion, KoGPT, SamplingParams, decoding, kv_cache, model
+from custom_ops import all_reduce_in_order
+from kogpt_jax import Completion, KoGPT, SamplingParams, decoding, kv_cache
 from kogpt_jax.config import Dtype
 from kogpt_jax.errors import InputError
 from kogpt_jax.ops import describe, resolve_ops
@@ -145,7 +146,7 @@ def test_shards_are_summed_in_their_order():
     parts = np.array([[1, 2**24], [2**24, 1], [1, 1], [-(2**24), -(2**24)]], np.float32)
     total = jax.jit(
         jax.shard_map(
-            lambda part: model._sum_in_order(part, "tensor"),
+            lambda part: all_reduce_in_order(part, "tensor"),
             mesh=make_mesh(tensor=4),
             in_specs=PartitionSpec("tensor"),
             out_specs=PartitionSpec(),
@@ -163,7 +164,7 @@ def test_it_takes_the_kernels_of_decode_steps():
         for choice in ("auto", "ffi"):
             ops = resolve_ops(config, choice, platform="cpu", deterministic=True)
             assert (ops.linear, ops.linear_many_rows, ops.decode_attention) == ("ffi",) * 3
-            assert describe(ops).endswith("sums over tensor shards in order")
+            assert describe(ops).endswith("sums over shards in order")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """`KoGPT` as a caller meets it: rows that do not depend on each other, where texts end, streams, scores, refusals."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import pathlib
+import threading
+import time
 from typing import Any
 
 import jax
@@ -119,6 +122,33 @@ def test_without_a_seed_texts_differ(engine):
     params = dataclasses.replace(SAMPLED[0], seed=None)
     completions = engine.generate_ids([PROMPTS[3]] * 4, params) + engine.generate_ids([PROMPTS[3]] * 4, params)
     assert len({completion.token_ids for completion in completions}) == 8
+
+
+def test_two_threads_start_their_programs_one_after_the_other(engine, monkeypatch):
+    """Sums over devices need them in one order on all devices (`custom_ops.all_reduce`)."""
+    engines = [KoGPT(CONFIG, engine.leaves, engine.mesh) for _ in range(2)]
+    expected = [row.token_ids for row in engine.generate_ids(PROMPTS[:4], greedy(17))]
+    is_starting = threading.Lock()
+    met = []
+
+    def watching(phase):
+        def run(*args, **static):
+            met.append(is_starting.acquire(blocking=False))
+            time.sleep(0.01)  # for the other thread to come
+            try:
+                return phase(*args, **static)
+            finally:
+                is_starting.release()
+
+        return run
+
+    for name in ("prefill", "start_decode", "decode_loop"):
+        monkeypatch.setattr(decoding, name, watching(getattr(decoding, name)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda engine: engine.generate_ids(PROMPTS[:4], greedy(17)), engines))
+    assert [[row.token_ids for row in rows] for rows in results] == [expected, expected]
+    assert len(met) == 2 * 4  # a prefill, the first token, two chunks
+    assert all(met)
 
 
 def test_a_run_again_is_the_same_bit_for_bit(engine):

@@ -25,7 +25,7 @@ from kogpt_jax.sharding import make_mesh
 QUANTIZED = dataclasses.replace(KERNEL_CONFIG, quant="w8a16")
 W8A8 = dataclasses.replace(KERNEL_CONFIG, quant="w8a8")
 REFERENCE = OpsConfig()
-KERNELS = OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi")
+KERNELS = OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi", decode_layers="ffi")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_auto_goes_op_by_op(monkeypatch):
     monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
     monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: "head_dim must be 64")
     found = resolve_ops(QUANTIZED, "auto", platform="gpu")
-    assert found == dataclasses.replace(KERNELS, decode_attention="reference")
+    assert found == dataclasses.replace(KERNELS, decode_attention="reference", decode_layers="reference")
     assert describe(found) == (
         "linear ffi (more than 64 rows ffi), decode_attention reference, prefill_attention reference, "
         "INT8 products of prefill and scoring reference"

@@ -28,6 +28,7 @@ ORDER = (
     "packing",
     "runtime",
     "distributed",
+    "collectives",
     "vocabulary",
     "kv_cache",
     "nan_guard",

@@ -47,6 +47,11 @@ LOGITS_VS_MESH = Tolerance(
 LOGPROBS_VS_MESH = Tolerance(
     1e-5, "a logit less a logsumexp over shards; its row is the completion, as for LOGPROBS_VS_HF."
 )
+LOGPROBS_OF_KERNELS_VS_MESH = Tolerance(
+    2e-2,
+    "fp16 kernels: another order of summation rounds an output to the next fp16 value, 5e-4 of it, a few times a "
+    "layer.",
+)
 INT8_VS_MESH = Tolerance(
     2e-2,
     "w8a8: a tensor shard rounds its part of w_out's input with a scale of its own, finer than one for a whole token: "
@@ -69,6 +74,11 @@ RESCALED = Tolerance(
     "f32 against the same function, channels rescaled by what is no power of two: each factor and what it scales is "
     "rounded, some 2^-24 a product, which adds up over the layers.",
 )
+STEP_OF_KERNELS = {
+    "fp32": Tolerance(1e-5, "f32 kernels against XLA over three layers: other orders of summation."),
+    "fp16": Tolerance(1e-2, "a few layers, each of whose outputs may round to the next of 11 bits."),
+    "bf16": Tolerance(6e-2, "likewise of 8 bits."),
+}
 CACHED_VS_WHOLE = {
     "fp32": Tolerance(
         1e-5, "one query over cached keys against all queries at once: the same products, summed in another order."

@@ -1,5 +1,6 @@
 // Whether parameters fit together: extents, types, and that what is needed is there. Scratch is the
 // bindings' to check.
+#include "all_reduce.h"
 #include "decode_attention.h"
 #include "linear.h"
 #include "prefill_attention.h"
@@ -48,6 +49,11 @@ const char* CheckLinear(const LinearParams& params) {
   }
   if (has_layer_norm != (params.ln_bias != nullptr)) {
     return "LayerNorm needs both its scale and its bias";
+  }
+  if (params.parts != nullptr &&
+      (params.bias != nullptr || params.residual != nullptr || num_gelu > 0 ||
+       params.y_dtype != DataType::kFloat32 || params.done_mark != 0)) {
+    return "parts belong to a product with neither bias, residual, GELU nor mark, with y in f32";
   }
   if (params.done_mark < 0 || params.awaited_mark < 0) return "marks must not be negative";
   if (params.done_mark != 0 && is_int8) return "a product with an INT8 weight tells no mark";
@@ -135,6 +141,36 @@ const char* CheckPrefillAttention(const PrefillAttentionParams& params) {
   if (params.rotary_dim > 0 && (params.cos == nullptr || params.sin == nullptr)) {
     return "cos and sin must be there when rotary_dim is not 0";
   }
+  return nullptr;
+}
+
+const char* CheckAllReduce(const AllReduceParams& params) {
+  if (params.rows < 1 || params.row_len < 4 || params.row_len % 4 != 0) {
+    return "x must have at least one row, of a multiple of 4 values";
+  }
+  if (params.rows > kAllReduceMaxValues || params.row_len > kAllReduceMaxValues ||
+      params.rows * params.row_len > kAllReduceMaxValues) {
+    return "x must have at most 2^19 values";
+  }
+  if (!IsFloat(params.bias_dtype)) return "bias must be f32, f16 or bf16";
+  if (params.x.values == nullptr || params.y == nullptr) return "x and y must be there";
+  if (params.x.splits < 1 || params.x.stride < params.row_len || params.x.stride % 4 != 0) {
+    return "x must have at least one part, in rows of a multiple of 4 values";
+  }
+  if (params.ln_scale != nullptr) {
+    if (params.rows > kLinearMaxRows || params.row_len > kAllReduceMaxNormLen ||
+        params.row_len % 8 != 0) {
+      return "LayerNorm takes at most 64 rows, of a multiple of 8 values, at most 4096";
+    }
+    if (params.h_dtype != DataType::kFloat16 && params.h_dtype != DataType::kBfloat16) {
+      return "LayerNorm's output must be f16 or bf16";
+    }
+    if (params.ln_bias == nullptr || params.h == nullptr) {
+      return "LayerNorm needs its bias and a place for its output";
+    }
+  }
+  if (params.group == nullptr || params.rank < 0) return "the device must be in a group";
+  if (params.timeout_ms < 1) return "the timeout must be at least a millisecond";
   return nullptr;
 }
 

@@ -12,7 +12,8 @@
 //                                     and in INT8, at several batches and contexts, or at the rows
 //                                     and context given
 //
-// token and ops take rows, context, capacity, layers, model_dim, ffn_dim, head_dim, vocab, weight
+// token and ops take rows, context, capacity, layers, model_dim, ffn_dim, head_dim, heads (fewer than
+// model_dim / head_dim: those of a tensor shard), vocab, weight
 // (bf16 or int8), cache (bf16 or int8), graph (0 or 1) and prefetch (0 or 1); attention takes rows,
 // context, layers, model_dim, head_dim, graph and prefetch.
 #include <algorithm>
@@ -731,7 +732,9 @@ int Time(Case options, bool is_token) {
   const int64_t layers = options.Int("layers", 28), model_dim = options.Int("model_dim", 4096);
   const int64_t ffn_dim = options.Int("ffn_dim", 4 * model_dim),
                 vocab = options.Int("vocab", 64512);
-  const int64_t head_dim = options.Int("head_dim", 256), heads = model_dim / head_dim;
+  const int64_t head_dim = options.Int("head_dim", 256);
+  const int64_t heads = options.Int("heads", model_dim / head_dim),
+                attention_dim = heads * head_dim;
   const std::string weight_name = options.Text("weight", "bf16");
   const std::string cache_name = options.Text("cache", "bf16");
   const bool use_graph = options.Int("graph", 1) != 0;
@@ -741,7 +744,7 @@ int Time(Case options, bool is_token) {
   const DataType weight_type = TypeNamed(weight_name);
   const bool is_int8 = weight_type == DataType::kInt8;
   const bool cache_is_int8 = TypeNamed(cache_name) == DataType::kInt8;
-  const int64_t in_outputs = 3 * model_dim + ffn_dim, out_k = model_dim + ffn_dim;
+  const int64_t in_outputs = 3 * attention_dim + ffn_dim, out_k = attention_dim + ffn_dim;
   const int64_t size = SizeOf(weight_type);
 
   cudaStream_t stream;
@@ -756,9 +759,9 @@ int Time(Case options, bool is_token) {
   void* small = Filled(2 * std::max(vocab, in_outputs));  // LayerNorm's scale and bias, the biases
   float* x[2] = {static_cast<float*>(FilledWith(rows * model_dim, 0.5f)),
                  static_cast<float*>(FilledWith(rows * model_dim, 0.5f))};
-  void* qkv = Filled(rows * 3 * model_dim * 2);
+  void* qkv = Filled(rows * 3 * attention_dim * 2);
   void* act = Filled(rows * out_k * 2);
-  void* h = Filled(rows * out_k * 2);
+  void* h = Filled(rows * std::max(model_dim, out_k) * 2);
   void* logits = Filled(rows * vocab * 4);
 
   LinearParams base = {};
@@ -782,7 +785,7 @@ int Time(Case options, bool is_token) {
     LinearParams params = base;
     params.num_outputs = in_outputs;
     params.k_dim = model_dim;
-    params.gelu_from = 3 * model_dim;
+    params.gelu_from = 3 * attention_dim;
     params.act_dim = out_k;
     params.x_dtype = DataType::kFloat32;
     params.y_dtype = base.dtype;
@@ -808,7 +811,7 @@ int Time(Case options, bool is_token) {
     params.residual = x[layer % 2];
     params.y = x[(layer + 1) % 2];
     params.awaited_mark = mark_of(layer);
-    params.early_from = model_dim;
+    params.early_from = attention_dim;
     Require(LaunchLinear(params, stream));
   };
   const auto run_head = [&] {

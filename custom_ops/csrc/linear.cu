@@ -53,6 +53,9 @@ int64_t LinearPartialsBytes(int64_t rows) {
 
 const char* LaunchLinear(const LinearParams& params, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (params.parts != nullptr) {
+    *params.parts = {static_cast<const float*>(params.y), 1, params.num_outputs, nullptr};
+  }
   switch (params.dtype) {
     case DataType::kFloat16:
       return LaunchForType<__half>(params, cuda_stream);

@@ -13,6 +13,15 @@ namespace kogpt {
 
 inline constexpr int kLinearMaxRows = 64;
 
+// Sums that are not whole yet: y_rm = scale_m * sum_s values[(s * rows + r) * stride + m], added up in
+// order. A null scale stands for ones.
+struct LinearParts {
+  const float* values;
+  int64_t splits;
+  int64_t stride;
+  const float* scale;
+};
+
 // A null pointer stands for an operand that is absent.
 //
 //   h   = LayerNorm(x) if ln_scale, else x;  times k_multiplier along k if there
@@ -64,6 +73,11 @@ struct LinearParams {
   int32_t done_mark;
   int32_t awaited_mark;
   int64_t early_from;
+
+  // Where it is there, which takes a product with neither bias, residual nor GELU and with y in f32: on
+  // CUDA the launch tells here where y is to be found, in parts if the product is cut along K. All else
+  // writes y.
+  LinearParts* parts;
 };
 
 // Returns null, or what is wrong with the parameters.

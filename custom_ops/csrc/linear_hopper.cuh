@@ -1,13 +1,13 @@
 // Decode-sized products on sm_90a: every row of activations meets all of a block's outputs in one
 // instruction (wgmma), so that 64 rows cost what one does, and reading the weight is what remains.
 //
-//   work      tiles of 128, 224 or 256 outputs, and where these are few, parts of their K. How a
+//   work      tiles of 112, 128, 224 or 256 outputs, and where these are few, parts of their K. How a
 //             weight is cut depends on its shape and the device alone, and nothing in a row's sums
 //             on the other rows.
 //   a tile    goes through a ring in shared memory that two threads fill with tensor copies, 128
 //             bytes of K at a time: one the weight before the kernel ahead has ended, the other
 //             the activations behind it. Two groups of four warps multiply, half of the outputs
-//             each; four groups where the operand has 128 rows.
+//             each, or one group where they are 112; twice as many where the operand has 128 rows.
 //   INT8      meets integers: the tensor cores multiply the weight as it lies by the two digits of
 //             16-bit activations (linear_prepare.cuh), two rows of an operand for a row of x. Sums
 //             are exact.
@@ -34,7 +34,9 @@ namespace kogpt {
 
 inline constexpr int kWgmmaRows = 64;
 inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kColumnGroups = 2;  // of a tile's outputs, with warpgroups of their own
+// Of a tile's outputs, with warpgroups of their own.
+template <int kTileOutputs>
+inline constexpr int kColumnGroups = kTileOutputs <= 112 ? 1 : 2;
 inline constexpr int kMaxStages = 16;
 inline constexpr int kStepsPerChunk = 4;  // of 32 bytes of K
 inline constexpr int kStepBytes = 32;
@@ -44,15 +46,18 @@ inline constexpr int kUnderWayBytes = 64 * 1024;  // of a block's weights at a t
 inline constexpr int kMaxSplits = 8;
 inline constexpr int kMaxParts = 192;  // tiles times splits, where there are splits
 inline constexpr int kMaxTileOutputs = 256;
+// That a warpgroup multiplies.
+template <int kTileOutputs>
+inline constexpr int kGroupColumns = kTileOutputs / kColumnGroups<kTileOutputs>;
 // Of a row of a warpgroup's sums in shared memory: padded so that rows begin in other banks.
 template <int kTileOutputs>
-inline constexpr int kStagingStride = kTileOutputs / kColumnGroups + 8;
+inline constexpr int kStagingStride = kGroupColumns<kTileOutputs> + 8;
 // Three warps with 96 on a quarter of a multiprocessor leave room for two of attention with 112, and
 // a block of 18 warps with less for what goes ahead of the next product.
 template <int kTileOutputs>
-inline constexpr int kProductRegisters = kTileOutputs <= 128   ? 64
-                                         : kTileOutputs <= 224 ? 88
-                                                               : 96;
+inline constexpr int kProductRegisters = kGroupColumns<kTileOutputs> <= 64    ? 64
+                                         : kGroupColumns<kTileOutputs> <= 112 ? 88
+                                                                              : 96;
 
 struct ProductArgs {
   CUtensorMap weight_map;
@@ -250,9 +255,9 @@ __device__ __forceinline__ void WarpgroupBarrier(int warpgroup) {
 // too, behind all weights that are under way, so that what is done for eight sums stands here once.
 template <typename Sum, int kTileOutputs, typename Body>
 __device__ __forceinline__ void ForEachVector(int warpgroup, int x_rows, Sum* staging,
-                                              const Sum (&sums)[kTileOutputs / kColumnGroups / 2],
+                                              const Sum (&sums)[kGroupColumns<kTileOutputs> / 2],
                                               Body&& body) {
-  constexpr int kColumns = kTileOutputs / kColumnGroups;
+  constexpr int kColumns = kGroupColumns<kTileOutputs>;
   constexpr int kStride = kStagingStride<kTileOutputs>;
   constexpr int kVector = LinearOutputs::kVector;
   constexpr int kVectors = kColumns / kVector;  // of a row
@@ -299,11 +304,12 @@ __device__ __forceinline__ void ForEachVector(int warpgroup, int x_rows, Sum* st
 #endif
 
 // That multiply; kRowTiles: of 64 rows of the activations' operand.
-template <int kRowTiles>
-inline constexpr int kWarpgroups = kColumnGroups * kRowTiles;
+template <int kTileOutputs, int kRowTiles>
+inline constexpr int kWarpgroups = kColumnGroups<kTileOutputs> * kRowTiles;
 // And two warps that copy.
-template <int kRowTiles>
-inline constexpr int kProductThreads = kWarpgroups<kRowTiles> * kWarpgroupThreads + 2 * kWarpSize;
+template <int kTileOutputs, int kRowTiles>
+inline constexpr int kProductThreads =
+    kWarpgroups<kTileOutputs, kRowTiles> * kWarpgroupThreads + 2 * kWarpSize;
 
 template <typename T, typename Weight, int kTileOutputs, int kRowTiles>
 __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
@@ -311,8 +317,8 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
 #if __CUDA_ARCH__ == 900
   constexpr bool kIsInt8 = sizeof(Weight) == 1;
   using Sum = std::conditional_t<kIsInt8, int32_t, float>;
-  constexpr int kGroups = kWarpgroups<kRowTiles>;
-  constexpr int kColumns = kTileOutputs / kColumnGroups;
+  constexpr int kGroups = kWarpgroups<kTileOutputs, kRowTiles>;
+  constexpr int kColumns = kGroupColumns<kTileOutputs>;
   constexpr int kTileRows = kIsInt8 ? kWgmmaRows / 2 : kWgmmaRows;  // of x
   constexpr int kVector = LinearOutputs::kVector;
   extern __shared__ unsigned char shared[];
@@ -343,8 +349,8 @@ __global__ void __maxnreg__(kProductRegisters<kTileOutputs>)
   // What is read ahead of the products may come from the kernel ahead; x itself is behind its copies.
   if (kIsInt8 || !args.prefetch_weight) WaitForDependency();
 
-  const int first_column = warpgroup % kColumnGroups * kColumns;
-  const int row_tile = warpgroup / kColumnGroups;
+  const int first_column = warpgroup % kColumnGroups<kTileOutputs> * kColumns;
+  const int row_tile = warpgroup / kColumnGroups<kTileOutputs>;
   const int first_row = row_tile * kTileRows;
   const LinearOutputs& outputs = args.outputs;
   const int num_rows = min(outputs.rows - first_row, kTileRows);
@@ -510,14 +516,20 @@ struct Cut {
   int splits = 1;
 };
 
-inline Cut ChooseCut(int64_t num_outputs, int64_t num_chunks, int num_multiprocessors) {
+inline Cut ChooseCut(int64_t num_outputs, int64_t num_chunks, bool is_int8,
+                     int num_multiprocessors) {
   Cut best;
   int64_t least = std::numeric_limits<int64_t>::max();
-  for (const int tile_outputs : {224, 256, 128}) {
+  for (const int tile_outputs : {224, 256, 128, 112}) {
     const int64_t tiles = (num_outputs + tile_outputs - 1) / tile_outputs;
     for (int splits = 1; splits <= kMaxSplits && splits <= num_chunks; splits *= 2) {
       const int64_t units = tiles * splits;
       if (splits > 1 && units > std::min(num_multiprocessors, kMaxParts)) continue;
+      // For weights that keep most multiprocessors busy so, with no parts; not in INT8, where it is
+      // slower than tiles of 128 that leave more of them idle (H200, half of the 6B model's w_in).
+      if (tile_outputs == 112 && (is_int8 || splits > 1 || 4 * tiles < 3 * num_multiprocessors)) {
+        continue;
+      }
       const int64_t waves = (units + num_multiprocessors - 1) / num_multiprocessors;
       // Rows of 128 bytes that a multiprocessor reads of the weight, and as many as its part costs.
       const int64_t rows = waves * tile_outputs * ((num_chunks + splits - 1) / splits) +
@@ -591,12 +603,18 @@ const char* LaunchProduct(const LinearParams& params, const void* x, const float
   args.max_under_way = std::max(2, kUnderWayBytes / (kTileOutputs * kBoxRowBytes));
   constexpr int kStride = kStagingStride<kTileOutputs>;
   args.group_bytes = std::min(box_rows, kWgmmaRows) * kStride * static_cast<int>(sizeof(float));
-  args.drains = args.group_bytes * kWarpgroups<kRowTiles> > kTileOutputs * kBoxRowBytes;
-  static_assert(kWarpgroups<kRowTiles> * kWgmmaRows * kStride * sizeof(float) <= kRingBytes);
+  args.drains =
+      args.group_bytes * kWarpgroups<kTileOutputs, kRowTiles> > kTileOutputs * kBoxRowBytes;
+  static_assert(kWarpgroups<kTileOutputs, kRowTiles> * kWgmmaRows * kStride * sizeof(float) <=
+                kRingBytes);
   const int grid = std::min(args.num_units, traits.num_multiprocessors);
-  error = MessageOf(
-      Launch<kKernel>(traits, dim3(grid), kProductThreads<kRowTiles>, kSharedBytes, stream, args));
+  error = MessageOf(Launch<kKernel>(traits, dim3(grid), kProductThreads<kTileOutputs, kRowTiles>,
+                                    kSharedBytes, stream, args));
   if (error != nullptr || splits == 1) return error;
+  if (params.parts != nullptr) {
+    *params.parts = {params.partials, splits, args.part_stride, params.weight_scale};
+    return nullptr;
+  }
   return tells_mark ? LaunchAddParts<T, true>(params, args.part_stride, splits, stream)
                     : LaunchAddParts<T, false>(params, args.part_stride, splits, stream);
 }
@@ -611,7 +629,7 @@ const char* LaunchHopper(const LinearParams& params, int num_multiprocessors, cu
   if (kIsInt8 && params.k_dim > kMaxInt8K) {
     return "linear on sm_90a takes a K of at most 131056 with an INT8 weight";
   }
-  const Cut cut = ChooseCut(params.num_outputs, NumChunks(params), num_multiprocessors);
+  const Cut cut = ChooseCut(params.num_outputs, NumChunks(params), kIsInt8, num_multiprocessors);
   const void* x = params.x;
   float* const x_scale = kIsInt8 ? params.partials + PartsSize(params.rows) : nullptr;
   const bool has_layer_norm = params.ln_scale != nullptr;
@@ -632,6 +650,9 @@ const char* LaunchHopper(const LinearParams& params, int num_multiprocessors, cu
                                                      stream);
   };
   switch (cut.tile_outputs) {
+    case 112:
+      if constexpr (!kIsInt8) return launch(std::integral_constant<int, 112>());
+      [[fallthrough]];
     case 128:
       return launch(std::integral_constant<int, 128>());
     case 224:

@@ -82,6 +82,61 @@ __device__ __forceinline__ float CombineThreads(float value, Combine combine, fl
   return value;
 }
 
+// Those of the values of all threads, to all of them.
+__device__ __forceinline__ Moments CombineMoments(Moments moments, Moments* shared) {
+  moments.AddLanes<kWarpSize>();
+  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = moments;
+  __syncthreads();
+  moments = shared[threadIdx.x % kPrepareWarps];
+  moments.AddLanes<kPrepareWarps>();
+  return moments;
+}
+
+__device__ __forceinline__ void AddEight(const float (&values)[8], Moments* moments) {
+  Moments eight;
+  eight.count = 8.0f;
+  eight.mean = (((values[0] + values[1]) + (values[2] + values[3])) +
+                ((values[4] + values[5]) + (values[6] + values[7]))) /
+               8.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    eight.squares += (values[i] - eight.mean) * (values[i] - eight.mean);
+  }
+  moments->Add(eight);
+}
+
+// What becomes the largest integer, given the largest magnitude: NaN if that is not finite, and so is
+// all that the row becomes. Of smaller rows than this nothing is left, but no more than that is lost.
+__device__ __forceinline__ float LargestOfDigits(float largest) {
+  constexpr float kTiny = 1e-30f;
+  largest += largest - largest;
+  return largest < kTiny ? kTiny : largest;
+}
+
+// Stores eight values as digits, those of vector `vector` of a row: `digits` are the row's high ones,
+// the low ones follow them.
+__device__ __forceinline__ void StoreDigits(int8_t* digits, int k_dim, int vector,
+                                            const float (&values)[8], float inverse) {
+  uint32_t integers[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) integers[i] = __float2int_rn(values[i] * inverse);
+  const auto pack = [&](int byte, int offset) {
+    uint32_t words[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t selector = byte | (byte + 4) << 4;
+      const uint32_t low =
+          __byte_perm(integers[4 * i] + offset, integers[4 * i + 1] + offset, selector);
+      const uint32_t high =
+          __byte_perm(integers[4 * i + 2] + offset, integers[4 * i + 3] + offset, selector);
+      words[i] = __byte_perm(low, high, 0x5410);
+    }
+    return make_uint2(words[0], words[1]);
+  };
+  __stcg(reinterpret_cast<uint2*>(digits) + vector, pack(1, 128));
+  __stcg(reinterpret_cast<uint2*>(digits + k_dim) + vector, pack(0, 0));
+}
+
 // h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row or part of one, in f32;
 // rounded to T, or as digits: h is [2 rows, K] then, row by row the high ones and the low ones.
 template <typename T, bool kHasDigits>
@@ -142,29 +197,13 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
   float inverse_deviation = 1.0f;
   if (args.ln_scale != nullptr) {
     Moments moments;
-    const auto add = [&](const float (&values)[8]) {
-      Moments eight;
-      eight.count = 8.0f;
-      eight.mean = (((values[0] + values[1]) + (values[2] + values[3])) +
-                    ((values[4] + values[5]) + (values[6] + values[7]))) /
-                   8.0f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        eight.squares += (values[i] - eight.mean) * (values[i] - eight.mean);
-      }
-      moments.Add(eight);
-    };
-    if (has_first) add(first_values);
+    if (has_first) AddEight(first_values, &moments);
     for (int vector = first + kPrepareThreads; vector < end; vector += kPrepareThreads) {
       float values[8];
       load(vector, values);
-      add(values);
+      AddEight(values, &moments);
     }
-    moments.AddLanes<kWarpSize>();
-    if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = moments;
-    __syncthreads();
-    moments = shared[threadIdx.x % kPrepareWarps];
-    moments.AddLanes<kPrepareWarps>();
+    moments = CombineMoments(moments, shared);
     mean = moments.mean;
     inverse_deviation = rsqrtf(moments.squares / args.k_dim + args.epsilon);
   }
@@ -205,34 +244,14 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
       for (int i = 0; i < 8; ++i) largest = Largest()(largest, fabsf(values[i]));
     });
     largest = CombineThreads(largest, Largest(), shared_largest);
-    largest += largest - largest;  // NaN if it is not finite, and so is all that the row becomes
-    // Of smaller rows nothing is left, but no more than that is lost.
-    constexpr float kTiny = 1e-30f;
-    largest = largest < kTiny ? kTiny : largest;
+    largest = LargestOfDigits(largest);
     if (threadIdx.x == 0) {
       args.x_scale[blockIdx.y * args.num_parts + part] = largest / kLargestInteger;
     }
     const float inverse = kLargestInteger / largest;
     int8_t* const digits = static_cast<int8_t*>(args.h) + 2 * row_begin;
     for_all([&](int vector, const float (&values)[8]) {
-      uint32_t integers[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) integers[i] = __float2int_rn(values[i] * inverse);
-      const auto pack = [&](int byte, int offset) {
-        uint32_t words[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t selector = byte | (byte + 4) << 4;
-          const uint32_t low =
-              __byte_perm(integers[4 * i] + offset, integers[4 * i + 1] + offset, selector);
-          const uint32_t high =
-              __byte_perm(integers[4 * i + 2] + offset, integers[4 * i + 3] + offset, selector);
-          words[i] = __byte_perm(low, high, 0x5410);
-        }
-        return make_uint2(words[0], words[1]);
-      };
-      __stcg(reinterpret_cast<uint2*>(digits) + vector, pack(1, 128));
-      __stcg(reinterpret_cast<uint2*>(digits + args.k_dim) + vector, pack(0, 0));
+      StoreDigits(digits, args.k_dim, vector, values, inverse);
     });
   } else {
     for_all([&](int vector, const float (&values)[8]) {
