@@ -280,6 +280,11 @@ struct Terms {
   float values[kValues] = {};
   float residual[kValues] = {};
 
+  __device__ __forceinline__ Terms() {
+#pragma unroll
+    for (float& one : scale) one = 1.0f;
+  }
+
   // Calls body(first of a group of four, where that lies in the array) for those that are there.
   template <typename Body>
   static __device__ __forceinline__ void ForEach(int first, int end, Body&& body) {
@@ -362,8 +367,6 @@ __global__ void __launch_bounds__(Flat::kThreads)
   LaunchDependents();
   const int first = (blockIdx.x * Flat::kThreads + threadIdx.x) * Flat::kValues;
   Terms<Flat::kValues> terms;
-#pragma unroll
-  for (float& scale : terms.scale) scale = 1.0f;
   if (args.prefetch_parameters) terms.LoadParameters(args, first, args.num_values);
   WaitForDependency();
   Exchange<Flat> exchange(args);
@@ -385,8 +388,6 @@ __global__ void __maxnreg__(80) AllReduceNormKernel(const __grid_constant__ Norm
   const int first = begin + vector * ByRow::kValues;
   const bool has_values = first < end;
   Terms<ByRow::kValues> terms;
-#pragma unroll
-  for (float& scale : terms.scale) scale = 1.0f;
   uint4 ln_scale, ln_bias;
   const auto load_parameters = [&] {
     if (!has_values) return;
@@ -415,8 +416,6 @@ __global__ void __maxnreg__(80) AllReduceNormKernel(const __grid_constant__ Norm
     for (int i = 0; i < 8; ++i) {
       y[i] = (y[i] - moments.mean) * inverse_deviation * scale[i] + bias[i];
     }
-  }
-  if (has_values) {
     __stcg(reinterpret_cast<uint4*>(static_cast<T*>(args.h) + begin) + vector, Pack<T>(y));
   }
   exchange.Finish();
