@@ -1,6 +1,9 @@
 """`decode_layers` on a GPU: the tests of the op, and graphs that are kept, updated and left aside."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decode_layers import (
@@ -34,10 +37,16 @@ def test_one_call(dtype, quant, int8_cache, multiplier):
 
 
 def test_graphs_of_many_arguments_follow_one_another():
-    """More sets of arrays than graphs are kept, twice: each call has the results of its own arrays."""
-    cases = [
-        make_case("bf16", quant=False, int8_cache=False, num_layers=layers) for layers in (1, 2) for _ in range(10)
-    ]
+    """More sets of arrays than graphs are kept, twice: each call has the results of its own arrays. In every third
+    one a row is so long that its attention is a cluster of blocks, unlike that of the graph whose place it takes."""
+    table = jnp.asarray([[4, 0, 4, 0, 4], [1, 7, 1, 7, 1], [2, 5, 3, 6, 8]], jnp.int32)
+    lengths, num_new = jnp.asarray([0, 17, 70], jnp.int32), jnp.ones(3, jnp.int32)
+    cases = []
+    for number in range(20):
+        case = make_case("bf16", quant=False, int8_cache=False, num_layers=1 + number % 2)
+        if number % 3 == 0:
+            case = dataclasses.replace(case, page_table=table, lengths=lengths, num_new=num_new)
+        cases.append(case)
     expected = [jax.jit(lambda case=case: op_by_op(case))() for case in cases]
     for _ in range(2):
         for case, each in zip(cases, expected, strict=True):

@@ -44,13 +44,13 @@ cudaError_t Capture(Graphs* graphs, const std::function<const char*(void*)>& enq
   return error;
 }
 
-// The least recently used graph, updated in place, which running launches do not notice; or in its
-// place a new one.
+// In place of the least recently used graph if there are as many as are kept. Not that one updated:
+// cudaGraphExecUpdate leaves a kernel's clusters as they were (driver 580; MLX's pull request 2813).
 cudaError_t Keep(Graphs* graphs, const std::string& key, cudaGraph_t graph, Graph** kept) {
+  cudaGraphExec_t exec = nullptr;
+  const cudaError_t error = cudaGraphInstantiate(&exec, graph, 0);
+  if (error != cudaSuccess) return error;
   if (graphs->graphs.size() < kMaxGraphs) {
-    cudaGraphExec_t exec = nullptr;
-    const cudaError_t error = cudaGraphInstantiate(&exec, graph, 0);
-    if (error != cudaSuccess) return error;
     graphs->graphs.push_back({key, exec, 0});
     *kept = &graphs->graphs.back();
     return cudaSuccess;
@@ -58,17 +58,8 @@ cudaError_t Keep(Graphs* graphs, const std::string& key, cudaGraph_t graph, Grap
   Graph& oldest =
       *std::min_element(graphs->graphs.begin(), graphs->graphs.end(),
                         [](const Graph& a, const Graph& b) { return a.last_use < b.last_use; });
-  oldest.key.clear();  // of no use if what follows fails
-  cudaGraphExecUpdateResultInfo result;
-  if (cudaGraphExecUpdate(oldest.exec, graph, &result) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());
-    cudaGraphExec_t exec = nullptr;
-    const cudaError_t error = cudaGraphInstantiate(&exec, graph, 0);
-    if (error != cudaSuccess) return error;
-    static_cast<void>(cudaGraphExecDestroy(oldest.exec));  // once its launches have ended
-    oldest.exec = exec;
-  }
-  oldest.key = key;
+  static_cast<void>(cudaGraphExecDestroy(oldest.exec));  // once its launches have ended
+  oldest = {key, exec, 0};
   *kept = &oldest;
   return cudaSuccess;
 }
