@@ -316,6 +316,8 @@ class Candidate:
 
     choice: Choice
     run: Callable[[Array, Any], tuple[Array, Array | None]]
+    # operands -> operands as the way rounds them beforehand, in f32, where the op's reference does not.
+    rounded: Callable[[Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,7 +345,8 @@ def tune(
 ) -> Outcome:
     """Times candidates, one after the other in each round, and keeps those that are right.
 
-    Right: a result's error against the oracle is within `tolerance.allowed_error` of the reference's own.
+    Right: a result's error against the oracle is within `tolerance.allowed_error` of the reference's own, or of what
+    the candidate rounds beforehand if that is more.
 
     Args:
         candidates: the ways to the product.
@@ -359,10 +362,23 @@ def tune(
     defined = functools.partial(_defined, num_gelu=num_gelu)
     expected = defined(jax.jit(oracle)(operands[0]))
     run_reference = jax.jit(reference)
-    allowed = [
-        tolerance.allowed_error(float(tolerance.relative_error(got, wanted)), got.dtype, tensor_core_k=tensor_core_k)
-        for got, wanted in zip(defined(run_reference(operands[0])), expected, strict=True)
-    ]
+    results = defined(run_reference(operands[0]))
+    dtypes = [got.dtype for got in results]
+
+    def errors(results: Sequence[Array]) -> list[float]:
+        return [float(tolerance.relative_error(got, wanted)) for got, wanted in zip(results, expected, strict=True)]
+
+    own_errors = errors(results)
+
+    def allowed(candidate: Candidate) -> list[float]:
+        rounded = [0.0] * len(own_errors)
+        if candidate.rounded is not None:
+            rounded = errors(defined(jax.jit(oracle)(candidate.rounded(operands[0]))))
+        return [
+            tolerance.allowed_error(max(pair), dtype, tensor_core_k=tensor_core_k)
+            for *pair, dtype in zip(own_errors, rounded, dtypes, strict=True)
+        ]
+
     begin = time.perf_counter()
     jax.block_until_ready(run_reference(operands[0]))
     calls = int(_SAMPLE_S / (time.perf_counter() - begin))  # that a sample has room for
@@ -373,7 +389,7 @@ def tune(
     for candidate in candidates:
         try:
             results = defined(jax.jit(candidate.run)(jnp.zeros((), jnp.float32), operands[0]))
-            if problem := _problem(results, expected, allowed):
+            if problem := _problem(results, expected, allowed(candidate)):
                 rejected.append((candidate.choice, problem))
                 continue
             del results
