@@ -23,6 +23,8 @@ LAYER_CASES = [
     LinearCase(outputs=130, k=2048, dtype="fp16", bias=1, residual=1),
     LinearCase(outputs=99, k=528, dtype="bf16", weight="int8", k_multiplier=1),
     LinearCase(outputs=516, k=328, dtype="bf16", ln=1),
+    LinearCase(outputs=2304, k=1032, dtype="bf16", bias=1, residual=1),
+    LinearCase(outputs=2304, k=1040, dtype="fp16", weight="int8", residual=1),
 ]
 
 with_library = pytest.mark.host
@@ -162,7 +164,9 @@ def test_a_prefetched_weight_gives_the_same_bits():
 # Of a layer: model_dim, ffn_dim, rows. In the first its first product, too, is cut along K; others are the 6B model's.
 EARLY_SHAPES = [(256, 520, 3), (512, 2048, 20)]
 MANY_EARLY_SHAPES = [(512, 2048, 1), (512, 2048, 8), (512, 2048, 64)]
-MANY_EARLY_SHAPES += [(4096, 16384, 1), (4096, 16384, 8), (4096, 16384, 64)]
+# Parts of K without early chunks or without late ones.
+MANY_EARLY_SHAPES += [(448, 448, 3), (448, 448, 20)]
+MANY_EARLY_SHAPES += [(2304, 1024, 3), (2304, 1024, 20), (4096, 16384, 1), (4096, 16384, 8), (4096, 16384, 64)]
 NUM_LAYERS = 6
 
 

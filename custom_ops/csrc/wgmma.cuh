@@ -69,6 +69,8 @@ template <typename T, int kColumns>
 struct WgmmaRegisters;
 
 // clang-format off
+#define KOGPT_REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define KOGPT_REGISTERS_64 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -94,8 +96,8 @@ struct WgmmaRegisters;
 #define KOGPT_SUMS_8(C, i) \
     C(sums[i]), C(sums[i + 1]), C(sums[i + 2]), C(sums[i + 3]), \
     C(sums[i + 4]), C(sums[i + 5]), C(sums[i + 6]), C(sums[i + 7])
-#define KOGPT_SUMS_64(C) \
-    KOGPT_SUMS_8(C, 0), KOGPT_SUMS_8(C, 8), KOGPT_SUMS_8(C, 16), KOGPT_SUMS_8(C, 24)
+#define KOGPT_SUMS_32(C) KOGPT_SUMS_8(C, 0), KOGPT_SUMS_8(C, 8)
+#define KOGPT_SUMS_64(C) KOGPT_SUMS_32(C), KOGPT_SUMS_8(C, 16), KOGPT_SUMS_8(C, 24)
 #define KOGPT_SUMS_112(C) \
     KOGPT_SUMS_64(C), KOGPT_SUMS_8(C, 32), KOGPT_SUMS_8(C, 40), KOGPT_SUMS_8(C, 48)
 #define KOGPT_SUMS_128(C) KOGPT_SUMS_112(C), KOGPT_SUMS_8(C, 56)
@@ -141,18 +143,21 @@ struct WgmmaRegisters;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
     } \
   };
+KOGPT_WGMMA_SHARED(__half, "f16", 32, "%16", "%17", "%18")
 KOGPT_WGMMA_SHARED(__half, "f16", 64, "%32", "%33", "%34")
 KOGPT_WGMMA_SHARED(__half, "f16", 112, "%56", "%57", "%58")
 KOGPT_WGMMA_SHARED(__half, "f16", 128, "%64", "%65", "%66")
 KOGPT_WGMMA_REGISTERS(__half, "f16", 64, "%32", "%33", "%34", "%35", "%36")
 KOGPT_WGMMA_REGISTERS(__half, "f16", 128, "%64", "%65", "%66", "%67", "%68")
 KOGPT_WGMMA_REGISTERS(__half, "f16", 256, "%128", "%129", "%130", "%131", "%132")
+KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 32, "%16", "%17", "%18")
 KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 64, "%32", "%33", "%34")
 KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 112, "%56", "%57", "%58")
 KOGPT_WGMMA_SHARED(__nv_bfloat16, "bf16", 128, "%64", "%65", "%66")
 KOGPT_WGMMA_REGISTERS(__nv_bfloat16, "bf16", 64, "%32", "%33", "%34", "%35", "%36")
 KOGPT_WGMMA_REGISTERS(__nv_bfloat16, "bf16", 128, "%64", "%65", "%66", "%67", "%68")
 KOGPT_WGMMA_REGISTERS(__nv_bfloat16, "bf16", 256, "%128", "%129", "%130", "%131", "%132")
+KOGPT_WGMMA_INT8(32, "%16", "%17", "%18")
 KOGPT_WGMMA_INT8(64, "%32", "%33", "%34")
 KOGPT_WGMMA_INT8(112, "%56", "%57", "%58")
 KOGPT_WGMMA_INT8(128, "%64", "%65", "%66")
@@ -160,10 +165,12 @@ KOGPT_WGMMA_INT8(128, "%64", "%65", "%66")
 #undef KOGPT_WGMMA_INT8
 #undef KOGPT_WGMMA_REGISTERS
 #undef KOGPT_SUMS_8
+#undef KOGPT_SUMS_32
 #undef KOGPT_SUMS_64
 #undef KOGPT_SUMS_112
 #undef KOGPT_SUMS_128
 #undef KOGPT_SUMS_256
+#undef KOGPT_REGISTERS_32
 #undef KOGPT_REGISTERS_64
 #undef KOGPT_REGISTERS_112
 #undef KOGPT_REGISTERS_128
