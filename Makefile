@@ -8,6 +8,9 @@ SAMPLING ?= --temperature 0.6 --top-p 0.9 --seed 8
 # More arguments for pytest: make test ARGS="-k tokenizer -x"
 ARGS ?=
 
+# Of decode_steps_driver, for the sanitizer.
+SMALL_MODEL := rows=3 context=70 capacity=128 layers=2 model_dim=256 heads=4 head_dim=64 ffn_dim=1008 vocab=1002 steps=3 calls=2
+
 BIN := $(VENV)/bin
 ENVIRONMENT := sh scripts/environment.sh
 BUILD_OPS := sh scripts/build_ops.sh
@@ -66,11 +69,14 @@ check-kernels: ## run the CUDA kernels without JAX over the tests' shapes, alone
 	@$(ENVIRONMENT) $(VENV) runtime
 	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.0.0
 	cmake -S custom_ops/csrc -B build/driver -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DKOGPT_HOST=OFF -DKOGPT_CUDA=ON -DKOGPT_DRIVER=ON
-	cmake --build build/driver --target ops_driver all_reduce_driver prefill_attention_driver gemm_driver
+	cmake --build build/driver --target ops_driver all_reduce_driver decode_steps_driver prefill_attention_driver gemm_driver
 	build/driver/ops_driver check tests/op_shapes.txt
 	build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt
 	build/driver/all_reduce_driver check
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/all_reduce_driver check
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_MODEL)
+	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_MODEL)
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver 0 0 $(SMALL_MODEL)
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt

@@ -8,7 +8,8 @@ Kernels overlap where one is launched before the kernel ahead of it has ended (p
 wait: their times add up to more than the step. So the share of a step that kernels account for is that of the union of
 their intervals, and each kernel's "own" time is what it adds to the union of those that began before it.
 
-Kernels of `custom_ops.decode_layers` are launched as one CUDA graph and have no scope: their names tell.
+Kernels of `custom_ops.decode_layers` and `decode_steps` are launched as one CUDA graph and have no scope: their names
+tell.
 
 While it is profiled XLA runs what stands in command buffers (CUDA graphs) operation by operation, unless the
 environment says XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true; hence the step's time without the

@@ -8,6 +8,7 @@ from custom_ops._library import LibraryInfo, jaxlib_ffi_version, library_info
 from custom_ops.all_reduce import all_reduce, all_reduce_ffi_problem, all_reduce_in_order, all_reduce_reference
 from custom_ops.decode_attention import decode_attention, decode_attention_ffi_problem, decode_attention_reference
 from custom_ops.decode_layers import DecodeHead, DecodeLayer, decode_layers, decode_layers_reference
+from custom_ops.decode_steps import NO_TOKEN, DecodedSteps, decode_steps, decode_steps_reference
 from custom_ops.int8_gemm import int8_gemm, int8_gemm_ffi_problem, int8_gemm_reference
 from custom_ops.linear import MAX_ROWS, EarlyColumns, LayerNorm, linear, linear_ffi_problem, linear_reference
 from custom_ops.mixed_gemm import mixed_gemm, mixed_gemm_ffi_problem, mixed_gemm_reference
@@ -24,9 +25,11 @@ from custom_ops.semaphores import NUM_SEMAPHORES, make_semaphores
 __all__ = [
     "MAX_ATTENTION_ROWS",
     "MAX_ROWS",
+    "NO_TOKEN",
     "NUM_SEMAPHORES",
     "DecodeHead",
     "DecodeLayer",
+    "DecodedSteps",
     "EarlyColumns",
     "LayerNorm",
     "LibraryInfo",
@@ -40,6 +43,8 @@ __all__ = [
     "decode_attention_reference",
     "decode_layers",
     "decode_layers_reference",
+    "decode_steps",
+    "decode_steps_reference",
     "dequantize",
     "int8_gemm",
     "int8_gemm_ffi_problem",

@@ -58,7 +58,7 @@ def ffi_pages_problem(dtype: Any, pages_dtype: Any) -> str | None:
 
 def check_attention(
     qkv: Shaped,
-    rotary: Sequence[jax.Array],
+    rotary: Sequence[Shaped],
     k_pages: jax.Array | QuantizedArray,
     v_pages: jax.Array | QuantizedArray,
     page_table: jax.Array,

@@ -23,6 +23,7 @@ _TARGETS = {
     "kogpt_linear": "Linear",
     "kogpt_decode_attention": "DecodeAttention",
     "kogpt_decode_layers": "DecodeLayers",
+    "kogpt_decode_steps": "DecodeSteps",
 }
 _CUDA_TARGETS = {
     "kogpt_all_reduce": "AllReduce",

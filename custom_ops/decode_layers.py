@@ -22,7 +22,8 @@ from custom_ops.pages import Pages
 from custom_ops.quantization import QuantizedArray
 from custom_ops.semaphores import check_semaphores
 
-_FIXED_ARGUMENTS = 12  # in front of the layers'
+# As csrc/decode_layers_ffi.h has them: in front of the layers', and of each layer.
+_FIXED_ARGUMENTS = 7
 _FIXED_RESULTS = 10
 _LAYER_ARGUMENTS = 13
 
@@ -101,36 +102,8 @@ def decode_layers(
     _arguments.check_implementation(implementation)
     _arguments.check_rank("x", x, 2)
     _arguments.check_dtype("x", x, [jnp.float32])
-    if not layers or len(k_pages) != len(layers) or len(v_pages) != len(layers):
-        raise ValueError(
-            f"there must be pages of keys and of values for each layer, at least one: got {len(layers)} layers, "
-            f"{len(k_pages)} and {len(v_pages)} pages"
-        )
     timeout_ms(timeout_s)
-    dtype, act_dim = layers[0].ln_scale.dtype, layers[0].w_out.shape[-1]
-    _arguments.check_rank("page_table", page_table, 2)
-    _arguments.check_shape("page_table", page_table, (x.shape[0], page_table.shape[1]))
-    _arguments.check_rank("k_pages of layer 0", k_pages[0], 4)
-    attention_dim = k_pages[0].shape[1] * k_pages[0].shape[3]
-    _arguments.check_attention(
-        jax.ShapeDtypeStruct((x.shape[0], 3 * attention_dim), dtype),
-        rotary,
-        k_pages[0],
-        v_pages[0],
-        page_table,
-        jax.ShapeDtypeStruct((x.shape[0], max(act_dim, attention_dim)), dtype),
-        x.shape[0],
-        lengths=lengths,
-        num_new=num_new,
-    )
-    for index, (layer, k, v) in enumerate(zip(layers, k_pages, v_pages, strict=True)):
-        for name, pages in (("k_pages", k), ("v_pages", v)):
-            _arguments.check_shape(f"{name} of layer {index}", pages, k_pages[0].shape)
-            if isinstance(pages, QuantizedArray) != isinstance(k_pages[0], QuantizedArray):
-                raise ValueError(f"{name} of layer {index} must be INT8 where k_pages of layer 0 are, and only there")
-        _check_layer(index, layer, layers[0], x, attention_dim)
-    if head is not None:
-        _check_head(head, layers[0], x.shape[1])
+    check_layers(layers, head, x.shape, rotary, k_pages, v_pages, page_table, lengths=lengths, num_new=num_new)
     arguments = (x, layers, rotary, k_pages, v_pages, page_table, lengths, num_new)
     options: dict[str, Any] = {"epsilon": epsilon, "head": head, "sum_over": sum_over, "semaphores": semaphores}
     if implementation == "reference":
@@ -206,34 +179,61 @@ def decode_layers_ffi(
     On arrays that are sharded over devices, call it inside `jax.shard_map`. `jax.vmap` of it raises.
     """
     _library.register_targets()
-    semaphores = check_semaphores(semaphores)
-    rows, model_dim = x.shape
+    rows, num_ranks = x.shape[0], 1 if sum_over is None else jax.lax.axis_size(sum_over)
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f'x must have 1 to {MAX_ROWS} rows with implementation "ffi", got shape {x.shape}')
-    num_ranks = 1 if sum_over is None else jax.lax.axis_size(sum_over)
+    if problem := layers_problem(layers[0], k_pages[0], x.shape, num_ranks, sum_over, device_groups):
+        raise ValueError(f'decode_layers with implementation "ffi": {problem}')
+    own = [x, *rotary, lengths, num_new]
+    buffers = layer_buffers(
+        layers, head, k_pages, v_pages, page_table, check_semaphores(semaphores), x.shape, num_ranks
+    )
+    aliases = {len(own) + argument: result for argument, result in buffers.aliases.items()}
+    call = jax.ffi.ffi_call("kogpt_decode_layers", buffers.results, input_output_aliases=aliases)
+    results = call(
+        *own,
+        *buffers.operands,
+        **layer_attributes(epsilon, prefetch_weights, device_groups, num_ranks, timeout_s),
+    )
+    return unpack_layers(results, k_pages, has_head=head is not None)
+
+
+class LayerBuffers(NamedTuple):
+    """What a call of "ffi" takes and gives for its layers and head, behind buffers of the op's own."""
+
+    operands: list[Array]
+    results: list[jax.ShapeDtypeStruct]
+    aliases: dict[int, int]  # which of the operands become which of the results
+
+
+def layer_buffers(
+    layers: Sequence[DecodeLayer],
+    head: DecodeHead | None,
+    k_pages: Sequence[Pages],
+    v_pages: Sequence[Pages],
+    page_table: Int32[Array, "B max_pages"],
+    semaphores: Array,
+    shape: tuple[int, ...],
+    num_ranks: int,
+) -> LayerBuffers:
+    """In the order of csrc/decode_layers_ffi.h; ``shape`` is the residual stream's."""
+    rows, model_dim = shape
     dtype = layers[0].ln_scale.dtype
     _, num_heads, page_len, head_dim = k_pages[0].shape
     attention_dim, act_dim = num_heads * head_dim, layers[0].w_out.shape[1]
-    weight_dtype = np.dtype(jnp.int8) if isinstance(layers[0].w_in, QuantizedArray) else dtype
-    problems = [shape_problem(head_dim, page_len), *(k_problem(k, weight_dtype) for k in (model_dim, act_dim))]
-    if sum_over is not None and num_ranks > 1:
-        problems.append(find_problem(x.shape, num_ranks, sum_over, device_groups))
-    if problem := next(filter(None, problems), None):
-        raise ValueError(f'decode_layers with implementation "ffi": {problem}')
     num_splits = -(-page_table.shape[1] * page_len // KEYS_PER_SPLIT)
-
-    operands = [x, *rotary, page_table, lengths, num_new, semaphores]
+    operands = [page_table, semaphores]
     if head is None:
         operands += [_outputs.or_empty(None, kind) for kind in (dtype, jnp.float32, dtype, dtype, dtype)]
     else:
         operands += [*_value_and_scale(head.lm_head), head.bias, head.ln_scale, head.ln_bias]
     assert len(operands) == _FIXED_ARGUMENTS
     results = [
-        jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
         jax.ShapeDtypeStruct((0,) if head is None else (rows, head.lm_head.shape[0]), jnp.float32),
         jax.ShapeDtypeStruct(semaphores.shape, semaphores.dtype),
         # Scratch.
-        jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
         jax.ShapeDtypeStruct((rows, 3 * attention_dim), dtype),
         jax.ShapeDtypeStruct((rows, act_dim), dtype),
         jax.ShapeDtypeStruct((rows, max(model_dim, act_dim)), dtype),
@@ -242,7 +242,7 @@ def decode_layers_ffi(
         jax.ShapeDtypeStruct((rows * num_heads * num_splits * (head_dim + 2),), jnp.float32),
     ]
     assert len(results) == _FIXED_RESULTS
-    aliases = {6: 2}
+    aliases = {1: 2}
     for layer, k, v in zip(layers, k_pages, v_pages, strict=True):
         operands += [
             *(layer.ln_scale, layer.ln_bias, *_value_and_scale(layer.w_in), layer.b_ffn_in),
@@ -254,20 +254,97 @@ def decode_layers_ffi(
             operands.append(part)
             results.append(jax.ShapeDtypeStruct(part.shape, part.dtype))
     assert len(operands) == _FIXED_ARGUMENTS + _LAYER_ARGUMENTS * len(layers)
-    call = jax.ffi.ffi_call("kogpt_decode_layers", results, input_output_aliases=aliases)
-    y, logits, semaphores, *others = call(
-        *operands,
-        epsilon=np.float32(epsilon),
-        prefetch_weights=bool(prefetch_weights),
-        devices=np.array(device_groups if num_ranks > 1 else (), np.int64).reshape(-1),
-        group_size=np.int64(num_ranks),
-        timeout_ms=timeout_ms(timeout_s),
-    )
-    new_pages = iter(others[_FIXED_RESULTS - 3 :])
+    return LayerBuffers(operands, results, aliases)
+
+
+def layer_attributes(
+    epsilon: float, prefetch_weights: bool, device_groups: DeviceGroups, num_ranks: int, timeout_s: float
+) -> dict[str, Any]:
+    """The attributes of a call that go with `layer_buffers`."""
+    return {
+        "epsilon": np.float32(epsilon),
+        "prefetch_weights": bool(prefetch_weights),
+        "devices": np.array(device_groups if num_ranks > 1 else (), np.int64).reshape(-1),
+        "group_size": np.int64(num_ranks),
+        "timeout_ms": timeout_ms(timeout_s),
+    }
+
+
+def unpack_layers(
+    results: Sequence[Array], k_pages: Sequence[Pages], *, has_head: bool
+) -> tuple[Array, Array | None, list[Pages], list[Pages], Array]:
+    """What `decode_layers` returns, of the results that `layer_buffers` describes."""
+    y, logits, semaphores = results[:3]
+    new_pages = iter(results[_FIXED_RESULTS:])
     pairs = zip(new_pages, new_pages, strict=True)
     is_int8 = isinstance(k_pages[0], QuantizedArray)
     pages = [QuantizedArray(values, scales) if is_int8 else values for values, scales in pairs]
-    return y, None if head is None else logits, pages[::2], pages[1::2], semaphores
+    return y, logits if has_head else None, pages[::2], pages[1::2], semaphores
+
+
+def check_layers(
+    layers: Sequence[DecodeLayer],
+    head: DecodeHead | None,
+    shape: tuple[int, ...],
+    rotary: Sequence[_arguments.Shaped],
+    k_pages: Sequence[Pages],
+    v_pages: Sequence[Pages],
+    page_table: Array,
+    **per_row: Array,
+) -> None:
+    """What every implementation asks of layers, head and cache, for a residual stream of this shape and with one
+    number a row in each of ``per_row``."""
+    if not layers or len(k_pages) != len(layers) or len(v_pages) != len(layers):
+        raise ValueError(
+            f"there must be pages of keys and of values for each layer, at least one: got {len(layers)} layers, "
+            f"{len(k_pages)} and {len(v_pages)} pages"
+        )
+    rows, model_dim = shape
+    dtype, act_dim = layers[0].ln_scale.dtype, layers[0].w_out.shape[-1]
+    _arguments.check_rank("page_table", page_table, 2)
+    _arguments.check_shape("page_table", page_table, (rows, page_table.shape[1]))
+    _arguments.check_rank("k_pages of layer 0", k_pages[0], 4)
+    attention_dim = k_pages[0].shape[1] * k_pages[0].shape[3]
+    _arguments.check_attention(
+        jax.ShapeDtypeStruct((rows, 3 * attention_dim), dtype),
+        rotary,
+        k_pages[0],
+        v_pages[0],
+        page_table,
+        jax.ShapeDtypeStruct((rows, max(act_dim, attention_dim)), dtype),
+        rows,
+        None,
+        **per_row,
+    )
+    for index, (layer, k, v) in enumerate(zip(layers, k_pages, v_pages, strict=True)):
+        for name, pages in (("k_pages", k), ("v_pages", v)):
+            _arguments.check_shape(f"{name} of layer {index}", pages, k_pages[0].shape)
+            if isinstance(pages, QuantizedArray) != isinstance(k_pages[0], QuantizedArray):
+                raise ValueError(f"{name} of layer {index} must be INT8 where k_pages of layer 0 are, and only there")
+        _check_layer(index, layer, layers[0], model_dim, attention_dim)
+    if head is not None:
+        _check_head(head, layers[0], model_dim)
+
+
+def layers_problem(
+    first: DecodeLayer,
+    pages: Pages,
+    shape: tuple[int, ...],
+    num_ranks: int,
+    sum_over: AxisNames | None,
+    device_groups: DeviceGroups,
+) -> str | None:
+    """Why "ffi" cannot run layers like the first one for a residual stream of this shape, or None if it can."""
+    page_len, head_dim = pages.shape[2:]
+    is_int8 = isinstance(first.w_in, QuantizedArray)
+    weight_dtype = np.dtype(jnp.int8) if is_int8 else first.ln_scale.dtype
+    problems = [
+        shape_problem(head_dim, page_len),
+        *(k_problem(k_dim, weight_dtype) for k_dim in (shape[1], first.w_out.shape[1])),
+    ]
+    if sum_over is not None and num_ranks > 1:
+        problems.append(find_problem(shape, num_ranks, sum_over, device_groups))
+    return next(filter(None, problems), None)
 
 
 def _value_and_scale(weight: Array | QuantizedArray) -> tuple[Array, Array]:
@@ -277,9 +354,9 @@ def _value_and_scale(weight: Array | QuantizedArray) -> tuple[Array, Array]:
     return weight, _outputs.or_empty(None, jnp.float32)
 
 
-def _check_layer(index: int, layer: DecodeLayer, first: DecodeLayer, x: Array, attention_dim: int) -> None:
+def _check_layer(index: int, layer: DecodeLayer, first: DecodeLayer, model_dim: int, attention_dim: int) -> None:
     """A layer's shapes, and that its dtypes are those of the first."""
-    model_dim, ffn_dim = x.shape[1], first.b_ffn_in.shape[0]
+    ffn_dim = first.b_ffn_in.shape[0]
     dtype = first.ln_scale.dtype
     act_dim = attention_dim + ffn_dim
     shapes = {

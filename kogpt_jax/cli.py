@@ -676,7 +676,7 @@ def autotune(
     from kogpt_jax.ops import describe, resolve_ops
     from kogpt_jax.sharding import parse_mesh
 
-    num_shards = parse_mesh(mesh)[2]
+    _, num_stages, num_shards = parse_mesh(mesh)
     runtime.configure()
     configs = tuning.load_configs(model, shape, dtype, ["w8a16", "w8a8"] if quant is None else [quant])
     platform = jax.default_backend()
@@ -688,7 +688,7 @@ def autotune(
         for choice, reason in result.rejected:
             _tell(f"kogpt: {result.key.op} at {result.key.rows} rows: {choice} is left out: {reason}\n")
     for config in configs:
-        ops = resolve_ops(config, "auto", platform=platform, num_shards=num_shards)
+        ops = resolve_ops(config, "auto", platform=platform, num_shards=num_shards, num_stages=num_stages)
         _emit(f"auto with {config.quant} in {config.dtype}: {describe(ops)}\n")
     _emit(f"kept in {path}\n")
 

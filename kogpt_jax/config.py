@@ -197,6 +197,8 @@ class OpsConfig:
     decode_attention: Implementation = "reference"
     # All layers of a decode step as one call, up to 64 rows; "reference": op by op.
     decode_layers: Implementation = "reference"
+    # Several steps of greedy rows as one call, where a step's layers are one; "reference": step by step.
+    decode_steps: Implementation = "reference"
     prefill_attention: Implementation = "reference"
     # Layers' products of whole sequences with INT8 weights; the others are XLA's. "linear" (w8a16): groups of 64 rows.
     gemm: GemmImplementation = "reference"

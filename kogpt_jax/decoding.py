@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from custom_ops import make_semaphores
+from custom_ops import NO_TOKEN, make_semaphores
 from custom_ops.pages import Pages
 from custom_ops.prefill_attention import token_rows
 from kogpt_jax.kv_cache import PAGE_LEN, KVCache, cache_specs, make_pages, pages_per_row
@@ -26,8 +26,6 @@ from kogpt_jax.packing import Packed
 from kogpt_jax.pipeline import from_last_stage, microbatch, run_ticks, with_microbatch
 from kogpt_jax.sampling import RowSampling, sample
 from kogpt_jax.sharding import partition_spec
-
-NO_TOKEN = -1  # stands where a finished row emits nothing
 
 # Any: in the structure of a state they stand where it has arrays.
 _ROWS: Any = partition_spec(("batch",))
@@ -263,6 +261,10 @@ def decode_loop(
 
     def local(leaves: Sequence[Array], state: DecodeState) -> tuple[DecodeState, Emitted]:
         model = definition.merge(leaves)
+        if state.sampling.is_greedy and model.takes_steps(len(state.tokens)):
+            assert num_stages == 1, "`ops.resolve_ops` takes it where one stage has all layers"
+            state, tokens, logprobs = _greedy_steps(model, state, num_steps)
+            return state, _emitted(tokens, logprobs, state)
         # `start_decode` has brought the first microbatch to the last stage.
         ticks = range(num_stages - 1, num_stages - 1 + num_steps * num_stages)
         state, tokens, logprobs = _decode_ticks(model, state, ticks, definition)
@@ -277,6 +279,17 @@ def decode_loop(
         check_vma=False,
     )(list(leaves), state)
     return state, _on_host(emitted)
+
+
+def _greedy_steps(model: GPTJ, state: DecodeState, num_steps: int) -> tuple[DecodeState, Array, Array]:
+    """`_decode_ticks` of greedy rows over one stage, as one call."""
+    steps, cache = model.decode_steps(
+        state.tokens, state.num_remaining, state.ignore_eos, state.cache, state.semaphores, num_steps
+    )
+    state = dataclasses.replace(
+        state, cache=cache, tokens=steps.tokens, num_remaining=steps.num_remaining, semaphores=steps.semaphores
+    )
+    return state, steps.new_tokens, steps.logprobs
 
 
 def _decode_ticks(

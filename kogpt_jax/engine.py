@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from custom_ops import NO_TOKEN
 from custom_ops.prefill_attention import QUERY_BLOCK, SCORE_BYTES
 from kogpt_jax import (
     checkpoint,
@@ -36,7 +37,7 @@ from kogpt_jax import (
     smoothing,
 )
 from kogpt_jax.config import DTYPES, QUANTS, Dtype, ModelConfig, OpsConfig, Quant
-from kogpt_jax.decoding import NO_TOKEN, DecodeState, Emitted
+from kogpt_jax.decoding import DecodeState, Emitted
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import KVCache
 from kogpt_jax.nan_guard import NanGuard
@@ -781,13 +782,14 @@ class KoGPT:
 def _resolve_ops(
     config: ModelConfig, implementation: Choice, mesh: Mesh, max_batch_size: int, deterministic: bool
 ) -> OpsConfig:
-    num_data = mesh.shape["data"]
+    num_data, split = mesh.shape["data"], Split.of(mesh)
     return resolve_ops(
         config,
         implementation,
         platform=mesh.devices.flat[0].platform,
-        num_shards=Split.of(mesh).num_shards,
-        max_rows=power_bucket(max_batch_size, num_data * mesh.shape["pipe"]) // num_data,
+        num_shards=split.num_shards,
+        num_stages=split.num_stages,
+        max_rows=power_bucket(max_batch_size, num_data * split.num_stages) // num_data,
         deterministic=deterministic,
         devices=sharding.cuda_devices(mesh),
     )

@@ -4,7 +4,8 @@ Attention and FFN of a GPT-J layer share one LayerNorm and one residual, so a la
 queries, keys, values and the FFN's hidden units, ``w_out`` takes attention's and the FFN's outputs back, and one
 sum over the shards follows. Prompts and texts to be scored are packed, the tokens of all rows one after another, so
 that little is computed for padding; only `custom_ops.prefill_attention` looks at rows. A decode step is one call of
-`custom_ops.decode_layers` where its kernels run all of it (`GPTJ.decode_step_to_logits`), else three ops a layer.
+`custom_ops.decode_layers` where its kernels run all of it (`GPTJ.decode_step_to_logits`), else three ops a layer; and
+several greedy ones are one call of `custom_ops.decode_steps` (`GPTJ.decode_steps`).
 
 Global leaves have a leading axis of pipeline stages (`sharding.Split`) and one of tensor shards; of both a device
 holds one, and `_local` drops them.
@@ -24,16 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from custom_ops import (
     MAX_ROWS,
+    DecodedSteps,
     DecodeHead,
     DecodeLayer,
     EarlyColumns,
     QuantizedArray,
     decode_attention,
     decode_layers,
+    decode_steps,
     int8_gemm,
     linear,
     make_semaphores,
@@ -409,14 +412,63 @@ class GPTJ(nnx.Module):
             x, cache, semaphores = self.decode_step(x, num_new, cache, semaphores)
             logits, semaphores = self.next_logits(x, semaphores)
             return logits, cache, semaphores
-        head = DecodeHead(
+        _, logits, cache, semaphores = self._decode_layers(x, num_new, cache, semaphores, self._decode_head())
+        return self.vocabulary.without_padding(logits), cache, semaphores
+
+    def takes_steps(self, rows: int) -> bool:
+        """Whether greedy steps are one call of `decode_steps`."""
+        return self.ops.decode_steps == "ffi" and self._is_one_call(rows)
+
+    def decode_steps(
+        self,
+        tokens: Int[Array, " B"],
+        num_remaining: Int[Array, " B"],
+        ignore_eos: Bool[Array, " B"],
+        cache: KVCache,
+        semaphores: Array,
+        num_steps: int,
+    ) -> tuple[DecodedSteps, KVCache]:
+        """Greedy steps as one call: what `custom_ops.decode_steps` returns, and the cache that is a part of it."""
+        with jax.named_scope("decode_steps"):
+            steps = decode_steps(
+                tokens,
+                cache.lengths,
+                num_remaining,
+                ignore_eos,
+                self.embed.embedding[...],
+                rotary_tables(jnp.arange(cache.max_len), self.config),
+                [block.decode_layer() for block in self.blocks],
+                cache.k,
+                cache.v,
+                cache.page_table,
+                num_steps=num_steps,
+                vocab_size=self.config.vocab_size,
+                eos_token_ids=self.config.eos_token_ids,
+                head=self._decode_head(),
+                semaphores=semaphores,
+                **self._call_options(),
+            )
+        return steps, _with_pages(cache, list(zip(steps.k_pages, steps.v_pages, strict=True)), steps.lengths)
+
+    def _decode_head(self) -> DecodeHead:
+        """As `custom_ops.decode_layers` takes it."""
+        return DecodeHead(
             self.ln_f_scale[...],
             self.ln_f_bias[...],
             _local_weight(self.lm_head, self.lm_head_scale),
             self.lm_head_bias[...],
         )
-        _, logits, cache, semaphores = self._decode_layers(x, num_new, cache, semaphores, head)
-        return self.vocabulary.without_padding(logits), cache, semaphores
+
+    def _call_options(self) -> dict[str, Any]:
+        """How the layers run as one call."""
+        has_shards = self.blocks[0].num_shards > 1
+        return {
+            "epsilon": self.config.layer_norm_epsilon,
+            "sum_over": ("tensor",) if has_shards else None,
+            "device_groups": device_groups(self.ops.devices, ("tensor",)) if has_shards else (),
+            "prefetch_weights": True,  # arguments of the jitted phases: no kernel writes them
+            "implementation": "ffi",
+        }
 
     def _is_one_call(self, rows: int) -> bool:
         """Whether the layers run as one call: the guard looks between their ops."""
@@ -427,7 +479,6 @@ class GPTJ(nnx.Module):
         self, x: Array, num_new: Array, cache: KVCache, semaphores: Array, head: DecodeHead | None
     ) -> tuple[Array, Any, KVCache, Array]:
         """(x, logits or None, cache, semaphores) of `custom_ops.decode_layers`."""
-        has_shards = self.blocks[0].num_shards > 1
         with jax.named_scope("decode_layers"):
             x, logits, k, v, semaphores = decode_layers(
                 x,
@@ -438,13 +489,9 @@ class GPTJ(nnx.Module):
                 cache.page_table,
                 cache.lengths,
                 num_new,
-                epsilon=self.config.layer_norm_epsilon,
                 head=head,
-                sum_over=("tensor",) if has_shards else None,
-                device_groups=device_groups(self.ops.devices, ("tensor",)) if has_shards else (),
                 semaphores=semaphores,
-                prefetch_weights=True,  # arguments of the jitted phases: no kernel writes them
-                implementation="ffi",
+                **self._call_options(),
             )
         new_pages = list(zip(k, v, strict=True))
         return x, logits, _with_pages(cache, new_pages, cache.lengths + num_new), semaphores

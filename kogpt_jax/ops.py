@@ -14,6 +14,7 @@ from custom_ops import (
     mixed_gemm_ffi_problem,
     prefill_attention_ffi_problem,
 )
+from custom_ops.decode_steps import steps_problem
 from custom_ops.linear import MAX_ROWS
 from kogpt_jax.collectives import device_groups, num_along
 from kogpt_jax.config import DeviceGrid, GemmImplementation, ModelConfig, OpsConfig
@@ -39,6 +40,7 @@ def resolve_ops(
     *,
     platform: str,
     num_shards: int = 1,
+    num_stages: int = 1,
     max_rows: int = 1,
     deterministic: bool = False,
     devices: DeviceGrid = (),
@@ -57,6 +59,8 @@ def resolve_ops(
     A decode step's sums over shards are the project's kernel's where all devices are GPUs of this process that NVLink
     links. With several processes they are a library's; where the kernel cannot be had for another reason, "auto" takes
     the library's too and a warning has the reason, and "ffi" is an error.
+    Where a step's layers are one call and one stage has all of them, greedy steps are one call, too; what stands
+    against it is told by a warning.
     ``max_rows`` is how many rows a data shard of a batch has at most. ``devices`` are CUDA's numbers of the mesh's
     devices, if all belong to this process.
 
@@ -101,6 +105,12 @@ def resolve_ops(
     has_kernels = problems["linear"] is None and problems["decode_attention"] is None
     if has_kernels and (num_shards == 1 or sums["all_reduce"] == "ffi"):
         best["decode_layers"] = "ffi"
+        if num_stages == 1:
+            problem = steps_problem(config.model_dim, num_shards, config.eos_token_ids)
+            if problem is None:
+                best["decode_steps"] = "ffi"
+            else:
+                _logger.warning("greedy steps are not one call: %s", problem)
     if choice == "ffi":
         for op, problem in problems.items():
             if problem is not None:
@@ -167,10 +177,11 @@ def _all_reduce_problem(devices: DeviceGrid) -> str | None:
 
 def describe(ops: OpsConfig) -> str:
     """What runs, in one line."""
+    as_one_call = "a step's layers as one call" + (", greedy steps too" if ops.decode_steps == "ffi" else "")
     return (
         f"linear {ops.linear} (more than {MAX_ROWS} rows {ops.linear_many_rows}), "
         f"decode_attention {ops.decode_attention}"
-        + (" (a step's layers as one call)" if ops.decode_layers == "ffi" else "")
+        + (f" ({as_one_call})" if ops.decode_layers == "ffi" else "")
         + f", prefill_attention {ops.prefill_attention}, "
         f"INT8 products of prefill and scoring {ops.gemm}"
         + {"psum": "", "in_order": ", sums over shards in order", "ffi": ", sums over shards ffi"}[ops.all_reduce]

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import hlo
 import jax
@@ -12,10 +13,11 @@ import pytest
 import tolerances
 from jax.sharding import PartitionSpec as P
 from small_model import KERNEL_CONFIG, greedy, prompt
-from test_decode_layers import EPSILON, KINDS, assert_same_bits, make_case, on_two_shards, op_by_op
+from test_decode_layers import EPSILON, KINDS, Case, assert_same_bits, make_case, on_two_shards, op_by_op
+from test_decode_steps import VOCABS, make_steps, on_shard, step_by_step, with_bias
 from test_mesh import replica_problems
 
-from custom_ops import all_reduce, all_reduce_in_order, decode_layers, make_semaphores
+from custom_ops import NO_TOKEN, all_reduce, all_reduce_in_order, decode_layers, decode_steps, make_semaphores
 from kogpt_jax import KoGPT, SamplingParams, decoding
 from kogpt_jax.sharding import cuda_devices, make_mesh
 
@@ -109,6 +111,131 @@ def test_layers_on_two_shards_have_the_bits_of_their_ops(mesh, dtype, quant, int
         assert_same_bits(on_two_shards(case, one_call), expected)
 
 
+@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_steps_on_two_shards_are_those_one_by_one(mesh, vocab, dtype, quant, int8_cache, multiplier):
+    """Tokens, cache and log-probabilities, the same on both devices; an odd vocabulary leaves padding on the second."""
+    steps = make_steps(dtype, quant=quant, int8_cache=int8_cache, multiplier=multiplier, vocab=vocab)
+    sums: dict[str, Any] = {"sum_over": "tensor", "device_groups": cuda_devices(mesh)[0]}
+
+    def one_by_one(case):
+        own = on_shard(steps, case)
+        found = step_by_step(dataclasses.replace(steps, case=own.case), **sums)
+        return found.new_tokens, found.logprobs, found.k_pages, found.v_pages
+
+    def one_call(case):
+        own = on_shard(steps, case)
+        options = own.options() | sums | {"num_steps": 4, "head": own.case.head, "semaphores": make_semaphores()}
+        found = decode_steps(*own.arguments(), **options, prefetch_weights=True, implementation="ffi")
+        return found.new_tokens, found.logprobs, found.k_pages, found.v_pages
+
+    new_tokens, logprobs, *pages = on_two_shards(steps.case, one_by_one)
+    for _ in range(2):
+        found_tokens, found_logprobs, *found_pages = on_two_shards(steps.case, one_call)
+        assert_same_bits((found_tokens, found_pages), (new_tokens, pages))
+        np.testing.assert_array_equal(found_logprobs[0], found_logprobs[1])
+        tolerances.assert_close(found_logprobs, logprobs, tolerances.LOGPROBS_OF_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("values", "token", "is_number"),  # of 1,301 logits, of which 651 lie on the first shard, those that are not 0
+    [
+        ({700: 2.0, 30: 2.0}, 30, True),
+        ({1300: 2.0, 651: 2.0}, 651, True),
+        ({1300: 2.0}, 1300, True),
+        ({640: 2.0, 651: 2.0}, 640, True),
+        ({7: -0.0}, 0, True),
+        ({700: np.nan, 30: np.nan}, 30, False),
+        ({1300: np.nan, 651: np.nan}, 651, False),
+        ({1300: np.nan, 3: np.inf}, 1300, False),
+        ({640: np.inf, 651: np.inf}, 640, False),
+        ({1300: np.inf, 651: np.inf}, 651, False),
+        ({range(651): -np.inf, 651: -5.0}, 652, True),
+        ({range(651, 1301): -np.inf, 0: -5.0}, 1, True),
+        ({range(1301): -np.inf}, 0, False),
+    ],
+    ids=str,
+)
+def test_of_equal_logits_on_two_shards_the_first_is_taken(mesh, values, token, is_number):
+    """And what is no number shows."""
+    bias = np.zeros(1301)
+    for places, value in values.items():
+        bias[places] = value
+    steps = with_bias(make_steps("fp16", vocab=1301, num_layers=1), bias)
+    sums: dict[str, Any] = {"sum_over": "tensor", "device_groups": cuda_devices(mesh)[0]}
+
+    def one_call(case):
+        own = on_shard(steps, case)
+        options = own.options() | sums | {"num_steps": 2, "head": own.case.head, "semaphores": make_semaphores()}
+        found = decode_steps(*own.arguments(), **options, implementation="ffi")
+        return found.new_tokens, found.logprobs, found.k_pages, found.v_pages
+
+    new_tokens, logprobs, *_ = on_two_shards(steps.case, one_call)
+    for shard in range(2):
+        assert new_tokens[shard].tolist() == [[token] * 2, [token] * 2, [NO_TOKEN] * 2]
+        assert np.isnan(logprobs[shard]).tolist() == [[not is_number] * 2, [not is_number] * 2, [False] * 2]
+        if is_number:
+            exact = bias[token] - np.log(np.exp(bias).sum())
+            tolerances.assert_close(logprobs[shard][:2], np.full((2, 2), exact), tolerances.LOGPROBS_OF_STEPS)
+
+
+def of_rows(steps, rows):
+    """These steps for some of their rows."""
+    x, layers, rotary, k_pages, v_pages, page_table, lengths, num_new = steps.case.arguments(rows)
+    case = Case(x, layers, rotary, k_pages, v_pages, page_table, lengths, num_new, steps.case.head)
+    state = {name: getattr(steps, name)[rows] for name in ("tokens", "num_remaining", "ignore_eos")}
+    return dataclasses.replace(steps, case=case, **state)
+
+
+def test_calls_of_different_numbers_of_rows_follow_one_another(mesh):
+    """Steps of 3, 1 and 3 rows, layers in between, in one program: each call has the results of its own arrays."""
+    steps = make_steps("fp16")
+    calls = [steps, of_rows(steps, slice(1, 2)), dataclasses.replace(steps, tokens=jnp.roll(steps.tokens, 1))]
+    sums: dict[str, Any] = {"sum_over": "tensor", "device_groups": cuda_devices(mesh)[0]}
+
+    def of_calls(case, run_steps, run_layers):
+        """What the calls give, one behind the other: tokens, log-probabilities, and the rest in lists."""
+        semaphores, found, of_layers = make_semaphores(), [], []
+        for each in calls:
+            own_case = dataclasses.replace(each.case, layers=case.layers, k_pages=case.k_pages, v_pages=case.v_pages)
+            own = on_shard(each, own_case)
+            found.append(run_steps(each, own, semaphores))
+            *results, semaphores = run_layers(own, found[-1].semaphores)
+            of_layers.append(results)
+        new_tokens, logprobs = (
+            jnp.concatenate([getattr(one, name) for one in found]) for name in ("new_tokens", "logprobs")
+        )
+        return new_tokens, logprobs, [[one.k_pages, one.v_pages] for one in found], of_layers
+
+    def one_by_one(case):
+        return of_calls(
+            case,
+            lambda each, own, _: step_by_step(dataclasses.replace(each, case=own.case), **sums),
+            lambda own, semaphores: (*op_by_op(own.case, sums["device_groups"]), semaphores),
+        )
+
+    def one_call_each(case):
+        options: dict[str, Any] = sums | {"prefetch_weights": True, "implementation": "ffi"}
+
+        def run_steps(each, own, semaphores):
+            own_options = own.options() | options | {"head": own.case.head, "semaphores": semaphores}
+            return decode_steps(*own.arguments(), num_steps=4, **own_options)
+
+        def run_layers(own, semaphores):
+            own_options = options | {"head": own.case.head, "semaphores": semaphores}
+            return decode_layers(*own.case.arguments(), epsilon=EPSILON, **own_options)
+
+        return of_calls(case, run_steps, run_layers)
+
+    new_tokens, logprobs, *rest = on_two_shards(steps.case, one_by_one)
+    assert new_tokens.shape == (2, 7, 4)
+    for _ in range(2):
+        found_tokens, found_logprobs, *found_rest = on_two_shards(steps.case, one_call_each)
+        assert_same_bits((found_tokens, found_rest), (new_tokens, rest))
+        tolerances.assert_close(found_logprobs, logprobs, tolerances.LOGPROBS_OF_STEPS)
+
+
 def test_a_device_that_is_named_twice_is_an_error(mesh):
     x = np.ones((2, 1, 4), np.float32)
     with pytest.raises(ValueError, match="a group must have different devices, got 0 twice"):
@@ -135,7 +262,8 @@ def test_a_mesh_of_two_is_one_device(name, quant):
     module = hlo.Module.parse(compiled.as_text() or "")
     found = [i for i in module.running() if i.opcode.removesuffix("-start") in ("all-reduce", "all-gather")]
     calls = [i for i in module.running() if "kogpt_all_reduce" in i.rest]
-    assert len(calls) == 2  # the embedding, and which token it is; the layers' own are within their call
+    # The embedding, and which token it is; what shards of the layers tell one another is within the steps' one call.
+    assert len(calls) == (0 if name == "d1p1t2" else 2)
     if name == "d1p1t2":
         assert [i for i in found if "[" in i.result and hlo.num_elements(i.result) > 1] == []
     assert replica_problems(compiled(two.leaves, state)) == []

@@ -55,7 +55,9 @@ class Case:
         return self.x[rows], self.layers, rotary, self.k_pages, self.v_pages, *of_rows
 
 
-def make_case(dtype: str, *, quant: bool, int8_cache: bool, multiplier: bool = False, num_layers: int = 3) -> Case:
+def make_case(
+    dtype: str, *, quant: bool, int8_cache: bool, multiplier: bool = False, num_layers: int = 3, vocab: int = VOCAB
+) -> Case:
     rng = np.random.default_rng(7)
 
     def draw(*shape: int, scale: float = 1.0, mean: float = 0.0, kind: Any = DTYPES[dtype]) -> jax.Array:
@@ -96,7 +98,7 @@ def make_case(dtype: str, *, quant: bool, int8_cache: bool, multiplier: bool = F
         page_table=jnp.asarray([[4, 0], [1, 7], [2, 5]], jnp.int32),
         lengths=lengths,
         num_new=jnp.asarray([1, 1, 0], jnp.int32),
-        head=DecodeHead(draw(DIM, scale=0.1, mean=1), draw(DIM, scale=0.1), matrix(VOCAB, DIM), draw(VOCAB, scale=0.1)),
+        head=DecodeHead(draw(DIM, scale=0.1, mean=1), draw(DIM, scale=0.1), matrix(vocab, DIM), draw(vocab, scale=0.1)),
     )
 
 

@@ -17,14 +17,16 @@ import tolerances
 from jax.sharding import PartitionSpec
 from small_model import CONFIG, KERNEL_CONFIG, greedy, prompt
 
-from custom_ops import make_semaphores
+from custom_ops import NO_TOKEN, make_semaphores
 from kogpt_jax import KoGPT, SamplingParams, decoding, kv_cache
-from kogpt_jax.config import Dtype, Quant
-from kogpt_jax.decoding import NO_TOKEN, DecodeState
+from kogpt_jax.config import Dtype, OpsConfig, Quant
+from kogpt_jax.decoding import DecodeState
 from kogpt_jax.engine import STEPS_PER_CHUNK
 from kogpt_jax.kv_cache import KVCache
+from kogpt_jax.model import model_def
 from kogpt_jax.packing import pack, stack
 from kogpt_jax.sampling import RowSampling
+from kogpt_jax.sharding import Split
 
 _COMPILED: list[str] = []
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -156,7 +158,7 @@ def test_the_kernels_update_the_cache_in_place(quant, kv_dtype):
     assert not any(result.startswith("s32[65536]") for result in copied)
     kernels = [instruction.rest for instruction in module.running() if instruction.opcode == "custom-call"]
     targets = [target for rest in kernels for target in re.findall(r'"(kogpt_\w+)"', rest)]
-    assert targets == ["kogpt_decode_layers"]
+    assert targets == ["kogpt_decode_steps"]
 
 
 def test_without_donation_it_is_not(call):
@@ -230,6 +232,46 @@ def test_donated_buffers_are_gone_after_a_call(engine):
     assert not any(leaf.is_deleted() for leaf in engine.leaves)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(jax.tree.leaves(state.cache)[0])
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("mesh", ["d1p1t1", "d2p1t1"])
+def test_greedy_steps_as_one_call_are_those_of_the_loop(mesh):
+    """Rows that end by a token, by their number or not at all, and one of padding; two chunks."""
+    engine = KoGPT.from_random(KERNEL_CONFIG, implementation="ffi", mesh=mesh, seed=2)
+    params = [greedy(20), SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=12), greedy(4)]
+    prompts = [prompt(length, length) for length in (9, 1, 30, 66)]
+    texts = [completion.token_ids for completion in engine.generate_ids(prompts, greedy(20))]
+    config = dataclasses.replace(KERNEL_CONFIG, eos_token_ids=(texts[1][3], texts[2][9]))
+    engine = KoGPT.from_random(config, implementation="ffi", mesh=mesh, seed=2)
+    start, _ = engine._prefill(engine._slots(engine._requests(prompts, params)))
+    loop: Any = decoding.decode_loop
+
+    def decode(state: DecodeState, ops: OpsConfig) -> tuple[Any, ...]:
+        static = engine._static | {"definition": model_def(config, Split.of(engine.mesh), ops), "num_steps": 8}
+        phase = jax.jit(loop.__wrapped__, static_argnames=tuple(static))
+        is_one_call = "@kogpt_decode_steps" in phase.lower(engine.leaves, state, **static).as_text()
+        assert is_one_call == (ops.decode_steps == "ffi")
+        emitted = []
+        for _ in range(2):
+            state, new = phase(engine.leaves, state, **static)
+            emitted.append(new)
+        return state, *(np.concatenate([getattr(new, name) for new in emitted], 1) for name in ("tokens", "logprobs"))
+
+    assert engine.ops.decode_steps == "ffi"
+    state, tokens, logprobs = decode(start, engine.ops)
+    expected, expected_tokens, expected_logprobs = decode(
+        start, dataclasses.replace(engine.ops, decode_steps="reference")
+    )
+    assert 0 < (tokens == NO_TOKEN).sum() < tokens.size
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    tolerances.assert_close(logprobs, expected_logprobs, tolerances.STEP_OF_KERNELS["fp32"])
+    for name in ("tokens", "num_remaining"):
+        np.testing.assert_array_equal(getattr(state, name), getattr(expected, name))
+    np.testing.assert_array_equal(state.cache.lengths, expected.cache.lengths)
+    pages = [jax.tree.leaves((cache.k, cache.v)) for cache in (state.cache, expected.cache)]
+    for a, b in zip(*pages, strict=True):
+        tolerances.assert_close(a, b, tolerances.STEP_OF_KERNELS["fp32"])
 
 
 # -- Chunks and early exit --------------------------------------------------------------------------------------------

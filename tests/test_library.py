@@ -234,8 +234,46 @@ print(bridge.backends_are_initialized())
 
 def make_operands(target):
     """Arguments and results by name; of `linear` with everything: LayerNorm, multiplier, residual, INT8 and GELU on 8
-    of 24 outputs."""
+    of 24 outputs. Of `decode_layers` and `decode_steps` one layer, a head of 24 tokens, and 4 steps."""
     bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+    layers: dict[str, tuple[Any, ...]] = {
+        "page_table": (i32, 2, 2),
+        "semaphores": (i32, custom_ops.NUM_SEMAPHORES),
+        "lm_head": (bf16, 24, 32),
+        "lm_head_scale": (f32, 0),
+        "lm_head_bias": (bf16, 24),
+        "ln_f_scale": (bf16, 32),
+        "ln_f_bias": (bf16, 32),
+        "ln_scale": (bf16, 32),
+        "ln_bias": (bf16, 32),
+        "w_in": (bf16, 3 * 2 * 64 + 32, 32),
+        "w_in_scale": (f32, 0),
+        "b_ffn_in": (bf16, 32),
+        "w_out": (bf16, 32, 160),
+        "w_out_scale": (f32, 0),
+        "k_multiplier": (f32, 160),
+        "b_ffn_out": (bf16, 32),
+        "k_pages": (bf16, 5, 2, 16, 64),
+        "k_scales": (f32, 0),
+        "v_pages": (bf16, 5, 2, 16, 64),
+        "v_scales": (f32, 0),
+    }
+    layers_results: dict[str, tuple[Any, ...]] = {
+        "result y": (f32, 2, 32),
+        "result logits": (f32, 2, 24),
+        "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
+        "result other_x": (f32, 2, 32),
+        "result qkv": (bf16, 2, 3 * 2 * 64),
+        "result act": (bf16, 2, 160),
+        "result h": (bf16, 2, 160),
+        "result part": (f32, 0, 32),
+        "result linear_partials": (f32, (192 * 256 + 8) * 8),
+        "result attention_partials": (f32, 2 * 2 * 66),
+        "result k_pages": (bf16, 5, 2, 16, 64),
+        "result k_scales": (f32, 0),
+        "result v_pages": (bf16, 5, 2, 16, 64),
+        "result v_scales": (f32, 0),
+    }
     shapes: dict[str, dict[str, tuple[Any, ...]]] = {
         "kogpt_linear": {
             "x": (f32, 2, 32),
@@ -294,6 +332,36 @@ def make_operands(target):
             "result v_scales": (f32, 0),
             "result tiles": (i32, 3, 4),
         },
+        "kogpt_decode_layers": {
+            "x": (f32, 2, 32),
+            "cos": (f32, 2, 16),
+            "sin": (f32, 2, 16),
+            "lengths": (i32, 2),
+            "num_new": (i32, 2),
+            **layers,
+            **layers_results,
+        },
+        "kogpt_decode_steps": {
+            "tokens": (i32, 2),
+            "lengths": (i32, 2),
+            "num_remaining": (i32, 2),
+            "ignore_eos": (bool, 2),
+            "embedding": (bf16, 24, 32),
+            "cos": (f32, 32, 16),
+            "sin": (f32, 32, 16),
+            **layers,
+            "result tokens": (i32, 2),
+            "result lengths": (i32, 2),
+            "result num_remaining": (i32, 2),
+            "result new_tokens": (i32, 2, 4),
+            "result logprobs": (f32, 2, 4),
+            "result x": (f32, 2, 32),
+            "result cos": (f32, 2, 16),
+            "result sin": (f32, 2, 16),
+            "result num_new": (i32, 2),
+            "result candidates": (f32, 2, 1, 4),
+            **layers_results,
+        },
     }
     return {name: jnp.zeros(shape, dtype) for name, (dtype, *shape) in shapes[target].items()}
 
@@ -303,6 +371,17 @@ ALIASES = {
     "kogpt_linear": {"semaphores": "result semaphores"},
     "kogpt_decode_attention": {name: f"result {name}" for name in ("act", "k_pages", "v_pages", "semaphores")},
     "kogpt_prefill_attention": {name: f"result {name}" for name in ("act", "k_pages", "v_pages")},
+    "kogpt_decode_layers": {name: f"result {name}" for name in ("semaphores", "k_pages", "v_pages")},
+    "kogpt_decode_steps": {
+        name: f"result {name}" for name in ("tokens", "lengths", "num_remaining", "semaphores", "k_pages", "v_pages")
+    },
+}
+_LAYERS_ATTRIBUTES: dict[str, Any] = {
+    "epsilon": np.float32(1e-5),
+    "prefetch_weights": False,
+    "devices": np.zeros(0, np.int64),
+    "group_size": np.int64(1),
+    "timeout_ms": np.int64(1000),
 }
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "kogpt_linear": {
@@ -315,8 +394,15 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     },
     "kogpt_decode_attention": {"prefetch_cache": False, "leaves_room": False},
     "kogpt_prefill_attention": {"max_new": np.int64(70)},
+    "kogpt_decode_layers": _LAYERS_ATTRIBUTES,
+    "kogpt_decode_steps": {
+        "vocab_size": np.int64(24),
+        "eos_token_ids": np.array([7], np.int64),
+        **_LAYERS_ATTRIBUTES,
+    },
 }
-TARGETS = ["kogpt_linear", "kogpt_decode_attention"]  # of both libraries
+LAYERS_TARGETS = ["kogpt_decode_layers", "kogpt_decode_steps"]
+TARGETS = ["kogpt_linear", "kogpt_decode_attention", *LAYERS_TARGETS]  # of both libraries
 
 
 def make_int8_operands(target):
@@ -330,9 +416,15 @@ def make_int8_operands(target):
     return operands
 
 
+# Of these a size in bytes is asked for.
+SCRATCH_OF_LAYERS = ("result linear_partials", "result attention_partials", "result candidates")
+
 # Of an aliased pair XLA checks that both are alike, so they are changed together, under the argument's name.
 OPERANDS = [
-    (target, name) for target in TARGETS for name in make_operands(target) if name not in ALIASES[target].values()
+    (target, name)
+    for target in TARGETS
+    for name in make_operands(target)
+    if name not in ALIASES[target].values() and not (target in LAYERS_TARGETS and name in SCRATCH_OF_LAYERS)
 ]
 
 
@@ -354,11 +446,22 @@ def call(target, operands, *, without_alias=None, **attributes):
     return jax.block_until_ready(jax.jit(lambda *args: function(*args, **attributes))(*arguments))
 
 
+def semaphores_of(target, operands):
+    """What a call leaves of them."""
+    names = [name for name in operands if name.startswith("result")]
+    return call(target, operands)[names.index("result semaphores")]
+
+
 def changed(target, name, change):
     operands = make_operands(target)
     for each in (name, ALIASES[target].get(name, name)):
         operands[each] = change(operands[each])
     return operands
+
+
+def told_name(target, name):
+    """An operand's name in errors: the layers' scales that come back are told by the name of those that go in."""
+    return name.removeprefix("result ") if target in LAYERS_TARGETS and name.endswith("_scales") else name
 
 
 def assert_refused(target, operands, *parts, **options):
@@ -372,21 +475,55 @@ def assert_refused(target, operands, *parts, **options):
 @pytest.mark.host
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_wrong(target):
-    assert not call(target, make_operands(target))[-1].any()
+    assert not semaphores_of(target, make_operands(target)).any()
 
 
 @pytest.mark.host
 @pytest.mark.parametrize(("target", "name"), OPERANDS)
 def test_a_wrong_rank_is_refused(target, name):
     operands = changed(target, name, lambda value: value[None])
-    assert_refused(target, operands, f"{target}: {name} must have ", str(list(operands[name].shape)))
+    told = told_name(target, name)
+    assert_refused(target, operands, f"{target}: {told} must have ", str(list(operands[name].shape)))
 
 
 @pytest.mark.host
 @pytest.mark.parametrize(("target", "name"), OPERANDS)
 def test_a_wrong_dtype_is_refused(target, name):
     operands = changed(target, name, lambda value: value.astype(jnp.uint16))
-    assert_refused(target, operands, f"{target}: {name} must have dtype ", "got type 7")
+    assert_refused(target, operands, f"{target}: {told_name(target, name)} must have dtype ", "got type 7")
+
+
+EXTENTS_OF_LAYERS = [
+    ("page_table", 0, "page_table"),
+    ("semaphores", 0, "semaphores"),
+    ("lm_head", 0, "lm_head_bias"),
+    ("lm_head", 1, "lm_head"),
+    ("lm_head_bias", 0, "lm_head_bias"),
+    ("ln_f_scale", 0, "ln_f_scale"),
+    ("ln_f_bias", 0, "ln_f_bias"),
+    ("ln_scale", 0, "ln_scale"),
+    ("ln_bias", 0, "ln_bias"),
+    ("w_in", 0, "b_ffn_in"),
+    ("w_in", 1, "w_in"),
+    ("b_ffn_in", 0, "b_ffn_in"),
+    ("w_out", 0, "w_out"),
+    ("w_out", 1, "w_out"),
+    ("k_multiplier", 0, "k_multiplier"),
+    ("b_ffn_out", 0, "b_ffn_out"),
+    ("k_pages", 0, "v_pages"),
+    ("k_pages", 2, "v_pages"),
+    ("v_pages", 1, "v_pages"),
+    ("v_pages", 3, "v_pages"),
+    ("result y", 0, "result y"),
+    ("result y", 1, "result y"),
+    ("result logits", 0, "result logits"),
+    ("result logits", 1, "result logits"),
+    ("result other_x", 0, "result other_x"),
+    ("result qkv", 1, "result qkv"),
+    ("result act", 1, "result act"),
+    ("result h", 1, "result h"),
+    ("result part", 1, "result part"),
+]
 
 
 @pytest.mark.host
@@ -426,6 +563,31 @@ def test_a_wrong_dtype_is_refused(target, name):
         ("kogpt_decode_attention", "num_new", 0, "num_new"),
         ("kogpt_decode_attention", "act", 0, "act"),
         ("kogpt_decode_attention", "semaphores", 0, "semaphores"),
+        ("kogpt_decode_layers", "x", 0, "cos"),
+        ("kogpt_decode_layers", "x", 1, "ln_scale"),
+        ("kogpt_decode_layers", "cos", 0, "cos"),
+        ("kogpt_decode_layers", "cos", 1, "sin"),
+        ("kogpt_decode_layers", "sin", 0, "sin"),
+        ("kogpt_decode_layers", "lengths", 0, "lengths"),
+        ("kogpt_decode_layers", "num_new", 0, "num_new"),
+        ("kogpt_decode_steps", "tokens", 0, "lengths"),
+        ("kogpt_decode_steps", "lengths", 0, "lengths"),
+        ("kogpt_decode_steps", "num_remaining", 0, "num_remaining"),
+        ("kogpt_decode_steps", "ignore_eos", 0, "ignore_eos"),
+        ("kogpt_decode_steps", "embedding", 1, "result x"),
+        ("kogpt_decode_steps", "cos", 0, "sin"),
+        ("kogpt_decode_steps", "cos", 1, "sin"),
+        ("kogpt_decode_steps", "sin", 0, "sin"),
+        ("kogpt_decode_steps", "result new_tokens", 0, "result new_tokens"),
+        ("kogpt_decode_steps", "result new_tokens", 1, "result logprobs"),
+        ("kogpt_decode_steps", "result logprobs", 0, "result logprobs"),
+        ("kogpt_decode_steps", "result logprobs", 1, "result logprobs"),
+        ("kogpt_decode_steps", "result x", 0, "result x"),
+        ("kogpt_decode_steps", "result x", 1, "result x"),
+        ("kogpt_decode_steps", "result cos", 0, "result cos"),
+        ("kogpt_decode_steps", "result sin", 1, "result sin"),
+        ("kogpt_decode_steps", "result num_new", 0, "result num_new"),
+        *((target, *extent) for target in LAYERS_TARGETS for extent in EXTENTS_OF_LAYERS),
     ],
 )
 def test_a_wrong_extent_is_refused(target, name, axis, blamed):
@@ -470,13 +632,14 @@ PARTS_OF_PAGES = ["k_pages", "k_scales", "v_pages", "v_scales"]
 
 @pytest.mark.host
 @pytest.mark.parametrize("name", PARTS_OF_PAGES)
-def test_an_int8_cache_that_does_not_fit_is_refused(name, monkeypatch):
-    results = check_that_an_int8_cache_is_refused("kogpt_decode_attention", name, monkeypatch)
-    assert not results[-1].any()  # semaphores
+@pytest.mark.parametrize("target", ["kogpt_decode_attention", *LAYERS_TARGETS])
+def test_an_int8_cache_that_does_not_fit_is_refused(target, name, monkeypatch):
+    operands = check_that_an_int8_cache_is_refused(target, name, monkeypatch)
+    assert not semaphores_of(target, operands).any()
 
 
 def check_that_an_int8_cache_is_refused(target, name, monkeypatch):
-    """Where ``name`` does not fit; returns the results of a call where all does."""
+    """Where ``name`` does not fit; returns the operands of a call where all does, which still runs."""
     # Pages in bf16 have no scales.
     if name.endswith("_scales"):
         operands = make_operands(target)
@@ -493,12 +656,15 @@ def check_that_an_int8_cache_is_refused(target, name, monkeypatch):
     }
     for message, change in changes.items():
         changed = {each: change(operands[each]) for each in (name, f"result {name}")}
-        blamed = "qkv" if name == "k_pages" and message == "must have shape" else name  # k_pages say what head_dim is
-        with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: {blamed} {message}"):
+        blamed = f"{name} {message}"
+        if name == "k_pages" and message == "must have shape":  # k_pages say what head_dim is
+            blamed = "w_in must have more outputs" if target in LAYERS_TARGETS else "qkv must have shape"
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: {blamed}"):
             call(target, operands | changed)
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: {name} must be aliased"):
         call(target, operands, without_alias=name)
-    return call(target, operands)  # the process lives, and so does the op
+    call(target, operands)  # the process lives, and so does the op
+    return operands
 
 
 @pytest.mark.host
@@ -507,3 +673,67 @@ def test_sizes_that_fit_each_other_but_not_the_op_are_refused():
     operands = make_operands("kogpt_linear")
     operands |= {name: jnp.zeros((size, operands[name].shape[1]), operands[name].dtype) for name, size in rows.items()}
     assert_refused("kogpt_linear", operands, "kogpt_linear: ", "rows")
+
+
+def without(operands, *names):
+    return {name: value for name, value in operands.items() if name not in names}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("target", LAYERS_TARGETS)
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        (["v_scales"], "19 and 14"),
+        (["result v_scales"], "20 and 13"),
+        (["k_scales", "v_scales", "result k_scales", "result v_scales"], "18 and 12"),
+    ],
+)
+def test_layers_with_too_few_buffers_are_refused(target, names, numbers):
+    message = f"{target}: layers must have 13 arrays and 4 results each, got {numbers}, with 7 and 10 in front"
+    assert_refused(target, without(make_operands(target), *names), message)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (
+            {"result candidates": (2, 1, 2)},
+            "result candidates must have 16 bytes for each slice of the vocabulary and row, got 16",
+        ),
+        ({"embedding": (25, 32)}, "lm_head must have a row for each of embedding's, 25, got 24"),
+        (
+            {"lm_head": (23, 32), "lm_head_bias": (23,), "result logits": (2, 23)},
+            "lm_head must have a row for each of embedding's, 24, got 23",
+        ),
+        (
+            dict.fromkeys(["lm_head", "lm_head_bias", "ln_f_scale", "ln_f_bias", "result logits"], (0,)),
+            "lm_head must have a row for each of embedding's, 24, got 0",
+        ),
+        ({"cos": (0, 16), "sin": (0, 16)}, "there must be angles of 1 to 2^30 positions"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_steps_that_do_not_fit_their_layers_are_refused(shapes, message):
+    target = "kogpt_decode_steps"
+    operands = make_operands(target)
+    operands |= {name: jnp.zeros(shape, operands[name].dtype) for name, shape in shapes.items()}
+    assert_refused(target, operands, f"{target}: {message}")
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"vocab_size": np.int64(25)}, "vocab_size must be at most the 1 times 24 rows of embedding, got 25"),
+        ({"vocab_size": np.int64(0)}, "there must be 1 to 2^30 tokens"),
+        ({"eos_token_ids": np.zeros(17, np.int64)}, "eos_token_ids must hold at most 16, got 17"),
+        ({"eos_token_ids": np.array([7, 2**31])}, "eos_token_ids must be in [0, 2^31), got 2147483648"),
+        ({"eos_token_ids": np.array([-1])}, "eos_token_ids must be in [0, 2^31), got -1"),
+    ],
+    ids=str,
+)
+def test_attributes_of_steps_that_do_not_fit_are_refused(attributes, message):
+    target = "kogpt_decode_steps"
+    assert_refused(target, make_operands(target), f"{target}: {message}", **attributes)

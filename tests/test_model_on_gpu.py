@@ -109,6 +109,7 @@ def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, kv_dty
         linear_many_rows="ffi",
         decode_attention="ffi",
         decode_layers="ffi",
+        decode_steps="ffi",
         prefill_attention="ffi",
         gemm="reference" if quant == "none" else "ffi",
     )
@@ -129,7 +130,9 @@ def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, kv_dty
 def test_without_a_choice_the_kernels_run():
     """ "auto" on a GPU with the CUDA library."""
     engine = KoGPT.from_random(dataclasses.replace(small_model.KERNEL_CONFIG, dtype="bf16"))
-    assert engine.ops == OpsConfig(linear="ffi", decode_attention="ffi", decode_layers="ffi", prefill_attention="ffi")
+    assert engine.ops == OpsConfig(
+        linear="ffi", decode_attention="ffi", decode_layers="ffi", decode_steps="ffi", prefill_attention="ffi"
+    )
     completion = engine.generate_ids([small_model.prompt(9)], small_model.greedy(20))[0]
     assert len(completion.token_ids) == 20
     assert np.isfinite(completion.logprobs).all()

@@ -1,6 +1,7 @@
 """Which implementation runs each op: resolved once, by name, and what each name changes."""
 
 import dataclasses
+import re
 import sys
 
 import jax
@@ -25,7 +26,9 @@ from kogpt_jax.sharding import make_mesh
 QUANTIZED = dataclasses.replace(KERNEL_CONFIG, quant="w8a16")
 W8A8 = dataclasses.replace(KERNEL_CONFIG, quant="w8a8")
 REFERENCE = OpsConfig()
-KERNELS = OpsConfig(linear="ffi", linear_many_rows="ffi", decode_attention="ffi", decode_layers="ffi")
+KERNELS = OpsConfig(
+    linear="ffi", linear_many_rows="ffi", decode_attention="ffi", decode_layers="ffi", decode_steps="ffi"
+)
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_auto_goes_op_by_op(monkeypatch):
     monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
     monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: "head_dim must be 64")
     found = resolve_ops(QUANTIZED, "auto", platform="gpu")
-    assert found == dataclasses.replace(KERNELS, decode_attention="reference", decode_layers="reference")
+    assert found == dataclasses.replace(REFERENCE, linear="ffi", linear_many_rows="ffi")
     assert describe(found) == (
         "linear ffi (more than 64 rows ffi), decode_attention reference, prefill_attention reference, "
         "INT8 products of prefill and scoring reference"
@@ -78,6 +81,26 @@ def test_auto_goes_op_by_op(monkeypatch):
     with pytest.raises(InputError) as caught:
         resolve_ops(QUANTIZED, "ffi", platform="gpu")
     assert str(caught.value) == "implementation 'ffi' cannot be used for decode_attention: head_dim must be 64"
+
+
+@pytest.mark.usefixtures("all_there")
+@pytest.mark.parametrize("choice", ["auto", "ffi"])
+def test_greedy_steps_that_are_not_one_call_are_told(caplog, choice):
+    """Of a step's layers it changes nothing. Over stages there are no such steps, and nothing to tell."""
+    many = dataclasses.replace(QUANTIZED, eos_token_ids=tuple(range(17)))
+    found = resolve_ops(many, choice, platform="cpu")
+    assert found == dataclasses.replace(KERNELS, decode_steps="reference")
+    assert "decode_attention ffi (a step's layers as one call), " in describe(found)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "greedy steps are not one call: eos_token_ids must be at most 16, got 17")
+    ]
+    caplog.clear()
+    most = dataclasses.replace(many, eos_token_ids=tuple(range(16)))
+    assert resolve_ops(most, choice, platform="cpu") == KERNELS
+    assert "decode_attention ffi (a step's layers as one call, greedy steps too), " in describe(KERNELS)
+    assert resolve_ops(many, choice, platform="cpu", num_stages=2).decode_steps == "reference"
+    assert resolve_ops(most, choice, platform="cpu", num_stages=2) == found
+    assert not caplog.records
 
 
 def test_an_int8_cache_has_kernels_on_gpus(monkeypatch):
@@ -138,6 +161,27 @@ def test_every_field_of_a_step_matters(field):
     }
     assert (num_linear, num_attention) == expected[field]
     assert "custom_call @kogpt" not in lowered(batch, REFERENCE)
+
+
+@pytest.mark.host
+def test_what_is_one_call_is_told_by_the_ops():
+    """Greedy steps; the layers of one, with their head; or op by op. Not beyond 64 rows."""
+    layers = dataclasses.replace(KERNELS, decode_steps="reference")
+    ops_alone = dataclasses.replace(layers, decode_layers="reference")
+    for chosen, target in ((KERNELS, "decode_steps"), (layers, "decode_layers"), (ops_alone, "decode_attention")):
+        found = set(re.findall(r"@kogpt_(\w+)", lowered(2, chosen)))
+        assert found == ({target, "linear"} if target == "decode_attention" else {target})
+    assert "@kogpt_decode_steps" in lowered(MAX_ROWS, KERNELS)
+    assert "@kogpt_decode_steps" not in lowered(MAX_ROWS + 1, KERNELS)
+
+
+@pytest.mark.host
+def test_over_stages_steps_are_no_call_of_their_own():
+    """An engine knows that, and gives the same texts."""
+    one, two = (KoGPT.from_random(KERNEL_CONFIG, implementation="ffi", mesh=mesh) for mesh in ("d1p1t1", "d1p2t1"))
+    assert (one.ops, two.ops) == (KERNELS, dataclasses.replace(KERNELS, decode_steps="reference"))
+    texts = [engine.generate_ids([prompt(9)], greedy(12))[0].token_ids for engine in (one, two)]
+    assert texts[0] == texts[1]
 
 
 def test_prefill_through_its_op_is_the_same(monkeypatch):

@@ -79,6 +79,9 @@ STEP_OF_KERNELS = {
     "fp16": Tolerance(1e-2, "a few layers, each of whose outputs may round to the next of 11 bits."),
     "bf16": Tolerance(6e-2, "likewise of 8 bits."),
 }
+LOGPROBS_OF_STEPS = Tolerance(
+    1e-5, "the same logits in f32, their exponentials summed in another order; its row is what the steps have emitted."
+)
 CACHED_VS_WHOLE = {
     "fp32": Tolerance(
         1e-5, "one query over cached keys against all queries at once: the same products, summed in another order."

@@ -1,14 +1,5 @@
-// A one-shot all-reduce: every rank sends its part to all others and adds up all parts itself.
-//
-//   message   16 bytes, three values and the number of the call, written and read at once (PTX ISA:
-//             an access of type b128 is one): a message says itself that it is there, and nothing is
-//             waited for but the messages. That is what NCCL's protocol LL does with 8 bytes.
-//   inbox     of each rank, two for each other rank, of which calls take turns: who sends its part of
-//             call n + 2 has all parts of call n + 1, whose senders had read theirs of call n.
-//   call      a block counts its own, on all ranks alike. The number is in device memory, where a
-//             CUDA graph that is launched again finds the next one.
-//   a part that does not come: the kernel gives up after a while, tells the host and the other ranks,
-//             and gives NaN.
+// A one-shot all-reduce: every rank sends its part to all others and adds up all parts itself
+// (exchange.cuh); where one does not come, the sum is NaN.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -19,59 +10,10 @@
 
 #include "all_reduce.h"
 #include "cuda_common.cuh"
+#include "exchange.cuh"
 #include "linear_prepare.cuh"
 
 namespace kogpt {
-namespace {
-
-// A kernel's shape: threads of a block, and how many values each has.
-struct Flat {  // an array's values one after another
-  static constexpr int kThreads = 128;
-  static constexpr int kValues = 12;
-  static constexpr int kMaxBlocks =
-      (kAllReduceMaxValues + kThreads * kValues - 1) / (kThreads * kValues);
-};
-struct ByRow {  // a block a row, whose LayerNorm follows
-  static constexpr int kThreads = kPrepareThreads;
-  static constexpr int kValues = 8;
-  static constexpr int kMaxBlocks = kLinearMaxRows;
-};
-static_assert(ByRow::kThreads * ByRow::kValues == kAllReduceMaxNormLen);
-
-template <typename Shape>
-constexpr int kMessages = (Shape::kValues + 2) / 3;  // of a thread for each rank
-template <typename Shape>
-constexpr int64_t kInboxBytes =
-    int64_t{16} * Shape::kMaxBlocks * Shape::kThreads * kMessages<Shape>;
-
-// A rank's memory, in bytes: whether the group has failed, and for each shape, whose calls do not mix,
-// the blocks' numbers of their last calls and the inboxes [turn, from rank, message].
-constexpr int64_t kAlignment = 128;
-template <typename Shape>
-constexpr int64_t kNumbersBytes =
-    (Shape::kMaxBlocks * sizeof(uint32_t) + kAlignment - 1) / kAlignment * kAlignment;
-constexpr int64_t kFailedAt = 0;
-
-template <typename Shape>
-constexpr __host__ __device__ int64_t NumbersAt(int num_ranks) {
-  const int64_t of_flat = kNumbersBytes<Flat> + 2 * num_ranks * kInboxBytes<Flat>;
-  return kAlignment + (std::is_same_v<Shape, Flat> ? 0 : of_flat);
-}
-
-int64_t MemoryBytes(int num_ranks) {
-  return NumbersAt<ByRow>(num_ranks) + kNumbersBytes<ByRow> + 2 * num_ranks * kInboxBytes<ByRow>;
-}
-
-}  // namespace
-
-class AllReduceGroup {
- public:
-  std::vector<int> devices;
-  std::vector<unsigned char*> memory;
-  // In the host's memory, where kernels write it: for each rank 0, or 1 + the rank that did not come.
-  int* missing = nullptr;
-};
-
 namespace {
 
 struct AllReduceArgs {
@@ -86,11 +28,7 @@ struct AllReduceArgs {
   int row_len;
   DataType bias_dtype;
   bool prefetch_parameters;
-  int rank;
-  int num_ranks;
-  uint64_t timeout_ns;
-  int* missing;
-  unsigned char* memory[kAllReduceMaxRanks];
+  ExchangeArgs exchange;
 };
 
 struct NormArgs {
@@ -99,152 +37,6 @@ struct NormArgs {
   const void* ln_bias;
   void* h;
   float epsilon;
-};
-
-struct Message {
-  float values[3];
-  uint32_t number;
-};
-
-__device__ __forceinline__ void Send(unsigned char* to, const Message& message) {
-  const uint64_t low = static_cast<uint64_t>(__float_as_uint(message.values[1])) << 32 |
-                       __float_as_uint(message.values[0]);
-  const uint64_t high =
-      static_cast<uint64_t>(message.number) << 32 | __float_as_uint(message.values[2]);
-  asm volatile(
-      "{\n.reg .b128 message;\nmov.b128 message, {%1, %2};\n"
-      "st.relaxed.sys.global.b128 [%0], message;\n}\n" ::"l"(to),
-      "l"(low), "l"(high)
-      : "memory");
-}
-
-__device__ __forceinline__ Message Receive(const unsigned char* from) {
-  uint64_t low, high;
-  asm volatile(
-      "{\n.reg .b128 message;\nld.relaxed.sys.global.b128 message, [%2];\n"
-      "mov.b128 {%0, %1}, message;\n}\n"
-      : "=l"(low), "=l"(high)
-      : "l"(from)
-      : "memory");
-  return {{__uint_as_float(static_cast<uint32_t>(low)),
-           __uint_as_float(static_cast<uint32_t>(low >> 32)),
-           __uint_as_float(static_cast<uint32_t>(high))},
-          static_cast<uint32_t>(high >> 32)};
-}
-
-__device__ __forceinline__ uint64_t Nanoseconds() {
-  uint64_t time;
-  asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(time));
-  return time;
-}
-
-__device__ __forceinline__ uint32_t* FailedFlag(unsigned char* memory) {
-  return reinterpret_cast<uint32_t*>(memory + kFailedAt);
-}
-
-// A block's part of a call.
-template <typename Shape>
-class Exchange {
- public:
-  // Behind what the kernels ahead have written.
-  __device__ __forceinline__ explicit Exchange(const AllReduceArgs& args)
-      : args_(args),
-        own_(args.memory[args.rank]),
-        last_number_(reinterpret_cast<uint32_t*>(own_ + NumbersAt<Shape>(args.num_ranks)) +
-                     blockIdx.x),
-        number_(__ldcg(last_number_) + 1),
-        is_whole_(*const_cast<volatile uint32_t*>(FailedFlag(own_)) == 0) {}
-
-  // The sums over all ranks, in their order, of this rank's values and those of the others; false if
-  // these do not come.
-  __device__ __forceinline__ bool Sum(const float (&values)[Shape::kValues],
-                                      float (&sums)[Shape::kValues]) {
-    if (is_whole_) {
-      // Each rank begins with another one, so that not all write to one at the same time.
-      for (int step = 1; step < args_.num_ranks; ++step) {
-        const int to = (args_.rank + step) % args_.num_ranks;
-        unsigned char* const inbox = args_.memory[to] + InboxOffset(args_.rank);
-#pragma unroll
-        for (int i = 0; i < kNum; ++i) {
-          Message message = {{0.0f, 0.0f, 0.0f}, number_};
-#pragma unroll
-          for (int j = 0; j < 3; ++j) {
-            if (3 * i + j < Shape::kValues) message.values[j] = values[3 * i + j];
-          }
-          Send(inbox + 16 * i * Shape::kThreads, message);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < Shape::kValues; ++i) sums[i] = 0.0f;
-    for (int from = 0; is_whole_ && from < args_.num_ranks; ++from) {
-      if (from != args_.rank) {
-        AddReceived(from, sums);
-      } else {
-#pragma unroll
-        for (int i = 0; i < Shape::kValues; ++i) sums[i] += values[i];
-      }
-    }
-    return is_whole_;
-  }
-
-  // All threads of the block.
-  __device__ __forceinline__ void Finish() const {
-    __syncthreads();  // all have read the number
-    if (threadIdx.x == 0) __stcg(last_number_, number_);
-  }
-
- private:
-  static constexpr int kNum = kMessages<Shape>;
-
-  // A block's messages lie together, those of neighbouring threads side by side.
-  __device__ __forceinline__ int64_t InboxOffset(int from) const {
-    const int64_t inbox = static_cast<int64_t>(number_ % 2) * args_.num_ranks + from;
-    return NumbersAt<Shape>(args_.num_ranks) + kNumbersBytes<Shape> + inbox * kInboxBytes<Shape> +
-           16 * static_cast<int64_t>(blockIdx.x * (Shape::kThreads * kNum) + threadIdx.x);
-  }
-
-  __device__ __forceinline__ void AddReceived(int from, float (&sums)[Shape::kValues]) {
-    const unsigned char* const inbox = own_ + InboxOffset(from);
-    constexpr uint32_t kPollsPerLook = 1024;
-    uint64_t begin = 0;
-    Message messages[kNum];
-    for (uint32_t polls = 1;; ++polls) {
-      bool all_there = true;
-#pragma unroll
-      for (int i = 0; i < kNum; ++i) {
-        messages[i] = Receive(inbox + 16 * i * Shape::kThreads);
-        all_there = all_there && messages[i].number == number_;
-      }
-      if (all_there) break;
-      if (polls % kPollsPerLook == 0 && HasFailed(from, &begin)) {
-        is_whole_ = false;
-        return;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < Shape::kValues; ++i) sums[i] += messages[i / 3].values[i % 3];
-  }
-
-  // Whether the group has, or does so because it has been waited too long since `begin`.
-  __device__ __forceinline__ bool HasFailed(int from, uint64_t* begin) const {
-    const uint64_t now = Nanoseconds();
-    if (*begin == 0) *begin = now;
-    if (*const_cast<volatile uint32_t*>(FailedFlag(own_)) != 0) return true;
-    if (now - *begin < args_.timeout_ns) return false;
-    *const_cast<volatile int*>(args_.missing + args_.rank) = 1 + from;
-    for (int rank = 0; rank < args_.num_ranks; ++rank) {
-      *const_cast<volatile uint32_t*>(FailedFlag(args_.memory[rank])) = 1;
-    }
-    __threadfence_system();
-    return true;
-  }
-
-  const AllReduceArgs& args_;
-  unsigned char* const own_;
-  uint32_t* const last_number_;
-  const uint32_t number_;
-  bool is_whole_;
 };
 
 __device__ __forceinline__ void Copy(const float4& from, float* to) {
@@ -369,14 +161,13 @@ __global__ void __launch_bounds__(Flat::kThreads)
   Terms<Flat::kValues> terms;
   if (args.prefetch_parameters) terms.LoadParameters(args, first, args.num_values);
   WaitForDependency();
-  Exchange<Flat> exchange(args);
+  Exchange<Flat> exchange(args.exchange);
   float y[Flat::kValues];
   SumValues(args, first, args.num_values, exchange, terms, y);
   exchange.Finish();
 }
 
-// And LayerNorm of y, as PrepareKernel makes it ahead of a product, bit for bit. The registers leave
-// room for it beside a block of the product ahead.
+// And LayerNorm of y. The registers leave room for it beside a block of the product ahead.
 template <typename T>
 __global__ void __maxnreg__(80) AllReduceNormKernel(const __grid_constant__ NormArgs args) {
   __shared__ Moments shared[kPrepareWarps];
@@ -400,24 +191,11 @@ __global__ void __maxnreg__(80) AllReduceNormKernel(const __grid_constant__ Norm
   }
   WaitForDependency();
   if (!sum.prefetch_parameters) load_parameters();
-  Exchange<ByRow> exchange(sum);
+  Exchange<ByRow> exchange(sum.exchange);
   float y[ByRow::kValues];
   SumValues(sum, first, end, exchange, terms, y);
-
-  Moments moments;
-  if (has_values) AddEight(y, &moments);
-  moments = CombineMoments(moments, shared);
-  const float inverse_deviation = rsqrtf(moments.squares / sum.row_len + args.epsilon);
-  if (has_values) {
-    float scale[8], bias[8];
-    Unpack<T>(ln_scale, scale);
-    Unpack<T>(ln_bias, bias);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      y[i] = (y[i] - moments.mean) * inverse_deviation * scale[i] + bias[i];
-    }
-    __stcg(reinterpret_cast<uint4*>(static_cast<T*>(args.h) + begin) + vector, Pack<T>(y));
-  }
+  StoreLayerNorm<T>(y, has_values, sum.row_len, args.epsilon, ln_scale, ln_bias, shared,
+                    reinterpret_cast<uint4*>(static_cast<T*>(args.h) + begin) + vector);
   exchange.Finish();
 }
 
@@ -448,9 +226,9 @@ cudaError_t FillGroup(AllReduceGroup* group) {
       if (error == cudaSuccess && peer != device) error = EnableAccess(peer);
     }
     unsigned char* memory = nullptr;
-    if (error == cudaSuccess) error = cudaMalloc(&memory, MemoryBytes(num_ranks));
+    if (error == cudaSuccess) error = cudaMalloc(&memory, ExchangeBytes(num_ranks));
     if (memory != nullptr) group->memory.push_back(memory);
-    if (error == cudaSuccess) error = Clear(memory, MemoryBytes(num_ranks));
+    if (error == cudaSuccess) error = Clear(memory, ExchangeBytes(num_ranks));
     if (error != cudaSuccess) return error;
   }
   void* missing = nullptr;
@@ -560,10 +338,7 @@ const AllReduceGroup* FindOwnGroup(const int64_t* devices, size_t num_devices, i
 }
 
 const char* LaunchAllReduce(const AllReduceParams& params, void* stream) {
-  const AllReduceGroup& group = *params.group;
   AllReduceArgs args = {};
-  args.num_ranks = static_cast<int>(group.devices.size());
-  for (int rank = 0; rank < args.num_ranks; ++rank) args.memory[rank] = group.memory[rank];
   args.x = params.x.values;
   args.x_scale = params.x.scale;
   args.splits = static_cast<int>(params.x.splits);
@@ -575,9 +350,7 @@ const char* LaunchAllReduce(const AllReduceParams& params, void* stream) {
   args.row_len = static_cast<int>(params.row_len);
   args.bias_dtype = params.bias_dtype;
   args.prefetch_parameters = params.prefetch_bias;
-  args.rank = params.rank;
-  args.timeout_ns = static_cast<uint64_t>(params.timeout_ms) * 1000000;
-  args.missing = group.missing;
+  args.exchange = MakeExchangeArgs(*params.group, params.rank, params.timeout_ms);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (params.ln_scale == nullptr) {
     const KernelTraits& traits = TraitsOf<AllReduceKernel>([](bool) { return 0; });

@@ -1,6 +1,7 @@
 // Whether parameters fit together: extents, types, and that what is needed is there. Scratch is the
 // bindings' to check.
 #include "all_reduce.h"
+#include "choose_token.h"
 #include "decode_attention.h"
 #include "linear.h"
 #include "prefill_attention.h"
@@ -171,6 +172,48 @@ const char* CheckAllReduce(const AllReduceParams& params) {
   }
   if (params.group == nullptr || params.rank < 0) return "the device must be in a group";
   if (params.timeout_ms < 1) return "the timeout must be at least a millisecond";
+  return nullptr;
+}
+
+const char* CheckChooseToken(const ChooseTokenParams& params) {
+  constexpr int64_t kMaxExtent = int64_t{1} << 30;  // sizes are 32-bit integers in the kernels
+  if (params.rows < 1 || params.rows > kLinearMaxRows) return "there must be 1 to 64 rows";
+  if (params.model_dim < 8 || params.model_dim % 8 != 0 || params.model_dim > kMaxExtent) {
+    return "embedding's width must be a multiple of 8";
+  }
+  if (params.local_vocab < 1 || params.vocab_size < 1 || params.local_vocab > kMaxExtent ||
+      params.vocab_size > kMaxExtent) {
+    return "there must be 1 to 2^30 tokens";
+  }
+  if (params.half_rotary_dim < 0 || params.num_positions < 1 || params.num_positions > kMaxExtent) {
+    return "there must be angles of 1 to 2^30 positions";
+  }
+  if (!IsFloat(params.dtype)) return "embedding must be f32, f16 or bf16";
+  if (params.num_eos_tokens < 0 || params.num_eos_tokens > kMaxEosTokens) {
+    return "there must be at most 16 tokens that end a text";
+  }
+  if (params.embedding == nullptr || params.ignore_eos == nullptr || params.tokens == nullptr ||
+      params.lengths == nullptr || params.num_remaining == nullptr || params.num_new == nullptr ||
+      params.x == nullptr) {
+    return "embedding, ignore_eos, tokens, lengths, num_remaining, num_new and x must be there";
+  }
+  if (params.half_rotary_dim > 0 && (params.all_cos == nullptr || params.all_sin == nullptr ||
+                                     params.cos == nullptr || params.sin == nullptr)) {
+    return "cos and sin must be there, of all positions and of the rows";
+  }
+  if (params.logits != nullptr && (params.new_tokens == nullptr || params.logprobs == nullptr ||
+                                   params.candidates == nullptr)) {
+    return "new_tokens, logprobs and candidates must be there with logits";
+  }
+  if ((params.h != nullptr || params.group != nullptr) && params.model_dim > kAllReduceMaxNormLen) {
+    return "embedding's width must be at most 4096 with LayerNorm or several devices";
+  }
+  if (params.h != nullptr && (params.ln_scale == nullptr || params.ln_bias == nullptr)) {
+    return "LayerNorm needs both its scale and its bias";
+  }
+  if (params.group != nullptr && (params.rank < 0 || params.timeout_ms < 1)) {
+    return "the device must be in the group, and the timeout at least a millisecond";
+  }
   return nullptr;
 }
 

@@ -163,7 +163,7 @@ const char* RunLayer(const DecodeLayersParams& params, const DecodeLayer& layer,
 }  // namespace
 
 const char* RunDecodeLayers(const DecodeLayersParams& params, const DecodeOps& ops) {
-  Stream stream = {params.x, false};
+  Stream stream = {params.x, params.has_h};
   const bool has_head = params.lm_head != nullptr;
   const Norm last_norm = {params.ln_f_scale, params.ln_f_bias};
   for (int64_t i = 0; i < params.num_layers; ++i) {
@@ -172,7 +172,7 @@ const char* RunDecodeLayers(const DecodeLayersParams& params, const DecodeOps& o
     const Norm next =
         is_last ? last_norm : Norm{params.layers[i + 1].ln_scale, params.layers[i + 1].ln_bias};
     float* const y = (params.num_layers - i) % 2 == 1 ? params.y : params.other_x;
-    const char* message = RunLayer(params, layer, static_cast<int32_t>(i) + 1,
+    const char* message = RunLayer(params, layer, params.marks_before + static_cast<int32_t>(i) + 1,
                                    is_last && !has_head ? nullptr : &next, y, &stream, ops);
     if (message != nullptr) return message;
   }

@@ -57,8 +57,12 @@ struct DecodeLayersParams {
 
   const DecodeLayer* layers;
   int64_t num_layers;
+  // Calls that may be under way at the same time must not share marks (linear.h): this one has those
+  // behind `marks_before`, one a layer.
+  int32_t marks_before;
 
   const float* x;  // [rows, model_dim]
+  bool has_h;      // the first layer's LayerNorm of x is in `h` already
   const float* cos;
   const float* sin;
   const int32_t* page_table;

@@ -1,8 +1,9 @@
 // What the FFI handlers share: checks of buffers whose errors name the op, the argument and both
 // values, and what an op runs on.
 //
-// Only this file, *_ffi.cc and library.cc include XLA's headers. They are compiled once for each
-// library: libkogpt_ops_host.so with KOGPT_HOST defined, libkogpt_ops_cuda.so with KOGPT_CUDA.
+// Only this file, *_ffi.cc, decode_layers_ffi.h and library.cc include XLA's headers. They are
+// compiled once for each library: libkogpt_ops_host.so with KOGPT_HOST defined,
+// libkogpt_ops_cuda.so with KOGPT_CUDA.
 #ifndef CUSTOM_OPS_FFI_HELPERS_H_
 #define CUSTOM_OPS_FFI_HELPERS_H_
 
@@ -67,6 +68,8 @@ inline std::string DtypeName(ffi::DataType dtype) {
       return "s8";
     case ffi::DataType::S32:
       return "s32";
+    case ffi::DataType::PRED:
+      return "pred";
     default:
       // The number in XLA's PrimitiveType.
       return "type " + std::to_string(static_cast<int>(dtype));
@@ -116,6 +119,10 @@ class Checks {
 
   bool failed() const { return error_.failure(); }
   const ffi::Error& error() const { return error_; }
+  // Of what is not an argument's fault.
+  ffi::Error Internal(const std::string& message) const {
+    return ffi::Error::Internal(std::string(op_) + ": " + message);
+  }
 
   void Rank(const char* name, const Buffer& buffer, size_t rank) {
     if (buffer.dimensions().size() == rank) return;

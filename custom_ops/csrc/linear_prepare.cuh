@@ -105,6 +105,28 @@ __device__ __forceinline__ void AddEight(const float (&values)[8], Moments* mome
   moments->Add(eight);
 }
 
+// h = LayerNorm of a row that its block has in registers, eight neighbouring values a thread, as
+// PrepareKernel makes it, bit for bit: this thread's part of it, with those of scale and bias. Not those
+// of threads without values. All threads of the block.
+template <typename T>
+__device__ __forceinline__ void StoreLayerNorm(const float (&values)[8], bool has_values,
+                                               int row_len, float epsilon, uint4 ln_scale,
+                                               uint4 ln_bias, Moments* shared, uint4* h) {
+  Moments moments;
+  if (has_values) AddEight(values, &moments);
+  moments = CombineMoments(moments, shared);
+  const float inverse_deviation = rsqrtf(moments.squares / row_len + epsilon);
+  if (!has_values) return;
+  float scale[8], bias[8], normalized[8];
+  Unpack<T>(ln_scale, scale);
+  Unpack<T>(ln_bias, bias);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    normalized[i] = (values[i] - moments.mean) * inverse_deviation * scale[i] + bias[i];
+  }
+  __stcg(h, Pack<T>(normalized));
+}
+
 // What becomes the largest integer, given the largest magnitude: NaN if that is not finite, and so is
 // all that the row becomes. Of smaller rows than this nothing is left, but no more than that is lost.
 __device__ __forceinline__ float LargestOfDigits(float largest) {
