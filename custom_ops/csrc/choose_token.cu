@@ -118,15 +118,6 @@ struct ExpSum {
   __device__ __forceinline__ float Log() const { return FiniteOrZero(largest) + logf(sum); }
 };
 
-// The same bits in all lanes.
-__device__ __forceinline__ float AddLanes(float value) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
-  }
-  return value;
-}
-
 __global__ void __launch_bounds__(kSliceWarps* kWarpSize)
     VocabCandidatesKernel(const __grid_constant__ CandidatesArgs args) {
   LaunchDependents();
@@ -169,7 +160,7 @@ __global__ void __launch_bounds__(kSliceWarps* kWarpSize)
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum += expf(values[i][j] - offset);
   }
-  sum = AddLanes(sum);
+  sum = WarpReduce(sum, Plus());
   if (lane == 0) {
     const float4 candidate = make_float4(largest, sum, __int_as_float(best.position), 0.0f);
     __stcg(reinterpret_cast<float4*>(args.candidates) +
@@ -208,7 +199,7 @@ __device__ __forceinline__ Candidate CombineSlices(const VocabCandidate* slices,
   best.AddLanes();
   const float largest = ValueOf(best.order);
   const float offset = FiniteOrZero(largest);
-  const float sum = AddLanes(exp_sum.sum * expf(exp_sum.largest - offset));
+  const float sum = WarpReduce(exp_sum.sum * expf(exp_sum.largest - offset), Plus());
   return {largest, offset + logf(sum), best.position};
 }
 

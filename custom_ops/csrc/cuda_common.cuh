@@ -21,6 +21,20 @@ inline constexpr int kWarpSize = 32;
 // branch that it takes for divergent run one after another.
 __device__ __forceinline__ int Uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+// The values of each kLanes neighbouring lanes combined, the same bits in all of them.
+template <int kLanes = kWarpSize, typename Combine>
+__device__ __forceinline__ float WarpReduce(float value, Combine combine) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  return value;
+}
+
+struct Plus {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+
 // Loads and stores of what other kernels write go to L2 (__ldcg and the like): under dependent
 // launch a kernel starts while the one ahead still writes, so that L1 might keep an older value.
 

@@ -99,15 +99,6 @@ struct Tile {
   }
 };
 
-template <class Combine>
-__device__ __forceinline__ float WarpReduce(float value, Combine combine) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
-  return value;
-}
-
 }  // namespace int8
 
 template <typename T, int kHeadDim>
@@ -344,7 +335,7 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
         probs[i] = of_key[i].x == -INFINITY ? 0.0f : exp2f(of_key[i].x - part.maximum);
         weight[i] = probs[i] * of_key[i].y;
       }
-      part.sum = WarpReduce(probs[0] + probs[1], [](float a, float b) { return a + b; });
+      part.sum = WarpReduce(probs[0] + probs[1], Plus());
       const float largest = WarpReduce(Largest()(fabsf(weight[0]), fabsf(weight[1])), Largest());
       // The keys of a member lie together, as its registers of the first operand have them.
       const int at = lane % 4 * (kSplitKeys / 4) + lane / 4;

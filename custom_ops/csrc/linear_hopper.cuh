@@ -749,7 +749,7 @@ const char* LaunchHopper(const LinearParams& params, int num_multiprocessors, cu
     return LaunchProduct<T, Weight, decltype(tile)>(params, x, x_scale, x_parts, cut.splits,
                                                     stream);
   };
-  // Sums over ranks take the parts as they are, which is faster: all blocks then read less of x.
+  // Sums over ranks take the parts as they are, which was faster (docs/performance-notes.md, "Two H200").
   if (cut.tile_outputs == 128 && cut.splits == 4 && params.rows <= kMaxRowsOfWholeSums &&
       params.parts == nullptr) {
     return launch_tile(Tile<32, 1, 4>());

@@ -68,18 +68,10 @@ struct Moments {
 // Combines the values of all threads, for all of them.
 template <typename Combine>
 __device__ __forceinline__ float CombineThreads(float value, Combine combine, float* shared) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
+  value = WarpReduce(value, combine);
   if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
   __syncthreads();
-  value = shared[threadIdx.x % kPrepareWarps];
-#pragma unroll
-  for (int distance = kPrepareWarps / 2; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
-  return value;
+  return WarpReduce<kPrepareWarps>(shared[threadIdx.x % kPrepareWarps], combine);
 }
 
 // Those of the values of all threads, to all of them.

@@ -78,17 +78,10 @@ __device__ __forceinline__ void LoadParameters(const void* from, DataType dtype,
   }
 }
 
-struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
-};
-
 // The threads' values combined, in an order that only the number of threads decides.
 template <class Combine>
 __device__ __forceinline__ float Reduce(float value, Combine combine, float* shared) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
+  value = WarpReduce(value, combine);
   const int num_warps = blockDim.x / kWarpSize;
   __syncthreads();  // the reduction before may still be read
   if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
@@ -96,11 +89,7 @@ __device__ __forceinline__ float Reduce(float value, Combine combine, float* sha
   const int lane = threadIdx.x % kWarpSize;
   value = shared[lane < num_warps ? lane : 0];
   if (lane >= num_warps) value = 0.0f;  // neutral for sums and for magnitudes
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
-  return value;
+  return WarpReduce(value, combine);
 }
 
 // One block per row. kSteps: how many times kVector values a thread holds; 0: it holds none.
@@ -148,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) QuantizeRowsKernel(KernelArgs 
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum += values[i];
     });
-    mean = Reduce(sum, Sum(), shared) / static_cast<float>(args.k_dim);
+    mean = Reduce(sum, Plus(), shared) / static_cast<float>(args.k_dim);
     float squares = 0.0f;
     for_each([&](int, const float (&values)[kVector], const Bits&) {
 #pragma unroll
@@ -157,7 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) QuantizeRowsKernel(KernelArgs 
         squares = __fmaf_rn(centred, centred, squares);
       }
     });
-    const float variance = Reduce(squares, Sum(), shared) / static_cast<float>(args.k_dim);
+    const float variance = Reduce(squares, Plus(), shared) / static_cast<float>(args.k_dim);
     factor = 1.0f / sqrtf(variance + args.epsilon);
   }
   const auto prepare = [&](int at, float (&values)[kVector]) {
