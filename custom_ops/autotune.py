@@ -362,21 +362,17 @@ def tune(
     defined = functools.partial(_defined, num_gelu=num_gelu)
     expected = defined(jax.jit(oracle)(operands[0]))
     run_reference = jax.jit(reference)
-    results = defined(run_reference(operands[0]))
-    dtypes = [got.dtype for got in results]
-
-    def errors(results: Sequence[Array]) -> list[float]:
-        return [float(tolerance.relative_error(got, wanted)) for got, wanted in zip(results, expected, strict=True)]
-
-    own_errors = errors(results)
+    plain = defined(run_reference(operands[0]))
+    own_errors = [_error(got, wanted) for got, wanted in zip(plain, expected, strict=True)]
 
     def allowed(candidate: Candidate) -> list[float]:
-        rounded = [0.0] * len(own_errors)
+        errors = own_errors
         if candidate.rounded is not None:
-            rounded = errors(defined(jax.jit(oracle)(candidate.rounded(operands[0]))))
+            rounded = defined(jax.jit(oracle)(candidate.rounded(operands[0])))
+            errors = [max(own, _error(*pair)) for own, *pair in zip(own_errors, rounded, expected, strict=True)]
         return [
-            tolerance.allowed_error(max(pair), dtype, tensor_core_k=tensor_core_k)
-            for *pair, dtype in zip(own_errors, rounded, dtypes, strict=True)
+            tolerance.allowed_error(error, got.dtype, tensor_core_k=tensor_core_k)
+            for error, got in zip(errors, plain, strict=True)
         ]
 
     begin = time.perf_counter()
@@ -421,12 +417,16 @@ def _defined(results: tuple[Array, Array | None], *, num_gelu: int) -> list[Arra
     return [y] if act is None else [y, act[:, act.shape[1] - num_gelu :]]
 
 
+def _error(actual: Array, expected: Array) -> float:
+    return float(tolerance.relative_error(actual, expected))
+
+
 def _problem(results: Sequence[Array], expected: Sequence[Array], allowed: Sequence[float]) -> str | None:
     """Why results are not right, or None if they are."""
     for got, wanted, limit in zip(results, expected, allowed, strict=True):
         if got.shape != wanted.shape:
             return f"shape {got.shape} instead of {wanted.shape}"
-        error = float(tolerance.relative_error(got, wanted))
+        error = _error(got, wanted)
         if not (error <= limit):
             return f"error {error:.3g}, allowed {limit:.3g}"
     return None
