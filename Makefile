@@ -10,6 +10,8 @@ ARGS ?=
 
 # Of decode_steps_driver, for the sanitizer.
 SMALL_MODEL := rows=3 context=70 capacity=128 layers=2 model_dim=256 heads=4 head_dim=64 ffn_dim=1008 vocab=1002 steps=3 calls=2
+# Blocks round one row themselves, attention more.
+SMALL_INT8_MODEL := weight=int8 cache=int8 context=70 capacity=128 layers=2 model_dim=512 heads=2 head_dim=256 ffn_dim=1024 vocab=1024 steps=3 calls=2
 
 BIN := $(VENV)/bin
 ENVIRONMENT := sh scripts/environment.sh
@@ -77,6 +79,8 @@ check-kernels: ## run the CUDA kernels without JAX over the tests' shapes, alone
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_MODEL)
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_MODEL)
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver 0 0 $(SMALL_MODEL)
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_INT8_MODEL) rows=1
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_INT8_MODEL) rows=40
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt

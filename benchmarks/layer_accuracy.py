@@ -134,7 +134,7 @@ def run(num_layers: int, num_tokens: int, vocab_size: int, outliers: float | Non
             config = dataclasses.replace(config, has_multiplier=True)
         quants: tuple[Quant, ...] = ("none", "w8a16", "w8a8") if weights == "plain" else ("w8a8",)
         for quant, kv_dtype in itertools.product(quants, (None, "int8")):
-            # Decode steps of w8a8 leave the activations as they are.
+            # Decode steps of w8a8 leave the activations as they are, but for the kernels for sm_90a.
             fake_of = {"prefill": quant, "decode": "w8a16" if quant == "w8a8" else quant}
             fakes = {
                 kind: error(fake_quantised(config, leaves, tokens, kind, kv_dtype), exact)

@@ -10,7 +10,15 @@ from custom_ops.decode_attention import decode_attention, decode_attention_ffi_p
 from custom_ops.decode_layers import DecodeHead, DecodeLayer, decode_layers, decode_layers_reference
 from custom_ops.decode_steps import NO_TOKEN, DecodedSteps, decode_steps, decode_steps_reference
 from custom_ops.int8_gemm import int8_gemm, int8_gemm_ffi_problem, int8_gemm_reference
-from custom_ops.linear import MAX_ROWS, EarlyColumns, LayerNorm, linear, linear_ffi_problem, linear_reference
+from custom_ops.linear import (
+    MAX_EARLY_ROWS_INT8,
+    MAX_ROWS,
+    EarlyColumns,
+    LayerNorm,
+    linear,
+    linear_ffi_problem,
+    linear_reference,
+)
 from custom_ops.mixed_gemm import mixed_gemm, mixed_gemm_ffi_problem, mixed_gemm_reference
 from custom_ops.prefill_attention import (
     MAX_ATTENTION_ROWS,
@@ -24,6 +32,7 @@ from custom_ops.semaphores import NUM_SEMAPHORES, make_semaphores
 
 __all__ = [
     "MAX_ATTENTION_ROWS",
+    "MAX_EARLY_ROWS_INT8",
     "MAX_ROWS",
     "NO_TOKEN",
     "NUM_SEMAPHORES",

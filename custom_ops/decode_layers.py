@@ -66,6 +66,7 @@ def decode_layers(
     device_groups: DeviceGroups = (),
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
     prefetch_weights: bool = False,
+    int8_activations: bool = False,
     timeout_s: float = 60.0,
     implementation: str,
 ) -> tuple[Float32[Array, "B D"], Float32[Array, "B V"] | None, list[Pages], list[Pages], Array]:
@@ -91,6 +92,8 @@ def decode_layers(
         semaphores: from `make_semaphores` or the op before; "reference" passes them through and takes None.
         prefetch_weights: promises for the parameters of all layers and of the head what `linear`'s ``prefetch_weight``
             does, and for pages and page table what `decode_attention`'s ``prefetch_cache`` does.
+        int8_activations: permits for the layers' products, not for the head's, what `linear`'s does: rounding to 8 bits
+            by the CUDA kernels for sm_90a. With INT8 weights only.
         implementation: "reference" (any sizes), or "ffi": what "ffi" of the ops takes, 1 to 64 rows; sums on CUDA only.
 
     Returns:
@@ -104,12 +107,13 @@ def decode_layers(
     _arguments.check_dtype("x", x, [jnp.float32])
     timeout_ms(timeout_s)
     check_layers(layers, head, x.shape, rotary, k_pages, v_pages, page_table, lengths=lengths, num_new=num_new)
+    check_int8_activations(layers, int8_activations)
     arguments = (x, layers, rotary, k_pages, v_pages, page_table, lengths, num_new)
     options: dict[str, Any] = {"epsilon": epsilon, "head": head, "sum_over": sum_over, "semaphores": semaphores}
     if implementation == "reference":
         return decode_layers_reference(*arguments, **options)
     options |= {"device_groups": device_groups, "prefetch_weights": prefetch_weights, "timeout_s": timeout_s}
-    return decode_layers_ffi(*arguments, **options)
+    return decode_layers_ffi(*arguments, **options, int8_activations=int8_activations)
 
 
 def decode_layers_reference(
@@ -171,6 +175,7 @@ def decode_layers_ffi(
     device_groups: DeviceGroups = (),
     semaphores: Array | None = None,
     prefetch_weights: bool = False,
+    int8_activations: bool = False,
     timeout_s: float = 60.0,
 ) -> tuple[Array, Array | None, list[Pages], list[Pages], Array]:
     """`decode_layers` through XLA's FFI (csrc/decode_layers.h): the Host handler on a CPU, the CUDA handler on an
@@ -193,7 +198,7 @@ def decode_layers_ffi(
     results = call(
         *own,
         *buffers.operands,
-        **layer_attributes(epsilon, prefetch_weights, device_groups, num_ranks, timeout_s),
+        **layer_attributes(epsilon, prefetch_weights, int8_activations, device_groups, num_ranks, timeout_s),
     )
     return unpack_layers(results, k_pages, has_head=head is not None)
 
@@ -258,12 +263,18 @@ def layer_buffers(
 
 
 def layer_attributes(
-    epsilon: float, prefetch_weights: bool, device_groups: DeviceGroups, num_ranks: int, timeout_s: float
+    epsilon: float,
+    prefetch_weights: bool,
+    int8_activations: bool,
+    device_groups: DeviceGroups,
+    num_ranks: int,
+    timeout_s: float,
 ) -> dict[str, Any]:
     """The attributes of a call that go with `layer_buffers`."""
     return {
         "epsilon": np.float32(epsilon),
         "prefetch_weights": bool(prefetch_weights),
+        "int8_activations": bool(int8_activations),
         "devices": np.array(device_groups if num_ranks > 1 else (), np.int64).reshape(-1),
         "group_size": np.int64(num_ranks),
         "timeout_ms": timeout_ms(timeout_s),
@@ -324,6 +335,11 @@ def check_layers(
         _check_layer(index, layer, layers[0], model_dim, attention_dim)
     if head is not None:
         _check_head(head, layers[0], model_dim)
+
+
+def check_int8_activations(layers: Sequence[DecodeLayer], int8_activations: bool) -> None:
+    if int8_activations and not isinstance(layers[0].w_in, QuantizedArray):
+        raise ValueError(f"int8_activations needs INT8 weights, got layers of {layers[0].w_in.dtype.name}")
 
 
 def layers_problem(

@@ -19,6 +19,7 @@ from custom_ops.all_reduce import AxisNames, DeviceGroups, timeout_ms
 from custom_ops.decode_layers import (
     DecodeHead,
     DecodeLayer,
+    check_int8_activations,
     check_layers,
     decode_layers_reference,
     layer_attributes,
@@ -76,6 +77,7 @@ def decode_steps(
     device_groups: DeviceGroups = (),
     semaphores: Int32[Array, " NUM_SEMAPHORES"] | None = None,
     prefetch_weights: bool = False,
+    int8_activations: bool = False,
     timeout_s: float = 60.0,
     implementation: str,
 ) -> DecodedSteps:
@@ -106,7 +108,7 @@ def decode_steps(
         eos_token_ids: tokens that end a text, in [0, 2^31); at most 16 with "ffi".
         sum_over: as for `decode_layers`, and the vocabulary lies over these axes, too: device r has the tokens from
             ``r * local_V`` on, of embedding and head.
-        prefetch_weights: as for `decode_layers`.
+        prefetch_weights: as for `decode_layers`, and so is ``int8_activations``.
         implementation: "reference" (any sizes), or "ffi": what `decode_layers` takes, and over several devices a D of
             at most 4096 that is a multiple of 8; there a device that does not come gives NaN.
 
@@ -133,6 +135,7 @@ def decode_steps(
     state: dict[str, Array] = {"tokens": tokens, "lengths": lengths, "num_remaining": num_remaining}
     shape = (rows, embedding.shape[1])
     check_layers(layers, head, shape, (of_rows, of_rows), k_pages, v_pages, page_table, **state)
+    check_int8_activations(layers, int8_activations)
     _arguments.check_dtype("embedding", embedding, [layers[0].ln_scale.dtype])
     _arguments.check_shape("embedding", embedding, (head.lm_head.shape[0], embedding.shape[1]))
     _check_ranges(
@@ -152,7 +155,7 @@ def decode_steps(
     if implementation == "reference":
         return decode_steps_reference(*arguments, **options)
     options |= {"device_groups": device_groups, "prefetch_weights": prefetch_weights, "timeout_s": timeout_s}
-    return decode_steps_ffi(*arguments, **options)
+    return decode_steps_ffi(*arguments, **options, int8_activations=int8_activations)
 
 
 def decode_steps_reference(
@@ -248,6 +251,7 @@ def decode_steps_ffi(
     device_groups: DeviceGroups = (),
     semaphores: Array | None = None,
     prefetch_weights: bool = False,
+    int8_activations: bool = False,
     timeout_s: float = 60.0,
 ) -> DecodedSteps:
     """`decode_steps` through XLA's FFI (csrc/decode_steps.h): the Host handler on a CPU, the CUDA handler on an NVIDIA
@@ -286,7 +290,7 @@ def decode_steps_ffi(
         *buffers.operands,
         vocab_size=np.int64(vocab_size),
         eos_token_ids=np.array(eos_token_ids, np.int64),
-        **layer_attributes(epsilon, prefetch_weights, device_groups, num_ranks, timeout_s),
+        **layer_attributes(epsilon, prefetch_weights, int8_activations, device_groups, num_ranks, timeout_s),
     )
     tokens, lengths, num_remaining, new_tokens, logprobs = results[:5]
     _, _, new_k, new_v, semaphores = unpack_layers(results[len(own_results) :], k_pages, has_head=True)

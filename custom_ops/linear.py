@@ -19,9 +19,12 @@ from custom_ops.semaphores import check_semaphores
 
 # Rows of a call with implementation "ffi"; the reference takes any number.
 MAX_ROWS = 64
+# Up to so many rows `linear` with an INT8 weight multiplies ``early`` columns ahead: kLinearMaxRowsRounded in
+# csrc/linear.h.
+MAX_EARLY_ROWS_INT8 = 1
 
-# The scratch of the CUDA kernels, for each row, padded: a tile of 256 outputs of at most 192 blocks, and 8 scales.
-_PARTIALS_PER_ROW = 192 * 256 + 8
+# The scratch of the CUDA kernels, for each row, padded: a tile of 256 outputs of at most 192 blocks, and 513 scales.
+_PARTIALS_PER_ROW = 192 * 256 + 513
 _PADDED_ROWS = (8, 16, 32, 64)
 
 _MAX_MARK = 2**31 - 1
@@ -57,6 +60,7 @@ def linear(
     prefetch_weight: bool = False,
     done_mark: int = 0,
     early: EarlyColumns | None = None,
+    int8_activations: bool = False,
     implementation: str,
 ) -> tuple[Array, ...]:
     """A product of few rows with what surrounds it.
@@ -68,9 +72,10 @@ def linear(
     Sums do not depend on the number of rows: with "ffi" a row gives the same bits alone and in any batch.
 
     Beside an INT8 weight in 16 bits, the CUDA kernels for sm_90a round h to 16-bit integers in place of dtype, of which
-    a row's largest |h| (or of a part of its K) becomes 32639: INT8 tensor cores multiply their two digits by the weight
-    as it lies, and the sums are exact. That rounds by at most 2^-16 of the largest |h|, bf16 by 2^-9 of each value. A
-    row with an infinity becomes NaN; one below 1e-30 is rounded as if that were its largest; K is at most 131056.
+    a row's largest |h| (or, without LayerNorm, of each 256 columns of a row) becomes 32639: INT8 tensor cores multiply
+    their two digits by the weight as it lies, and the sums under one scale are exact. That rounds by at most 2^-16 of
+    the largest |h|, bf16 by 2^-9 of each value. A row with an infinity becomes NaN; one below 1e-30 is rounded as if
+    that were its largest; K is at most 131056.
 
     Args:
         x: activations; in dtype, or in f32 with ``layer_norm``.
@@ -90,13 +95,16 @@ def linear(
             an operation of the same program, or of the one just ahead, has made: the CUDA kernels then fetch them while
             the kernel ahead is still running. If the promise is broken the result is undefined. The others ignore it.
         done_mark: a number above 0 that the CUDA kernels for sm_90a leave in the semaphores once all outputs are there,
-            for the one call whose ``early`` names it, of as many rows; 0 for none. Calls of a program that follow one
-            another take different numbers. Not with an INT8 weight.
+            for the one call whose ``early`` names it, of as many rows and with a weight of the same kind (both INT8, or
+            both not); 0 for none. Calls of a program that follow one another take different numbers.
         early: promises that columns [begin, K) of x are outputs of the call with this ``done_mark``, through the same
             semaphores, and that it came just ahead of the op ahead of this one, such as `decode_attention`, which fills
             the other columns: the CUDA kernels for sm_90a then multiply these columns while that op still runs, and the
-            others last. If the promise is broken the call may never end. Not with an INT8 weight, nor with
-            ``layer_norm`` or ``k_multiplier``. Sums are taken in another order than without it. The others ignore it.
+            others last; with an INT8 weight for up to `MAX_EARLY_ROWS_INT8` rows. If the promise is broken the call may
+            never end. Not with ``layer_norm`` or ``k_multiplier``. Sums are taken in another order than without it. The
+            others ignore it.
+        int8_activations: permits the CUDA kernels for sm_90a to round h to 8-bit integers, of which the largest |h|
+            becomes 127: by at most 1/254 of it. With an INT8 weight only. The others ignore it: they round less.
         implementation: "reference" (`jax.numpy`: any number of rows, any K), or "ffi": 1 to 64 rows; K a multiple of
             8, of 16 with INT8; fp16 and bf16 on CUDA, f32 too on a CPU.
 
@@ -112,11 +120,11 @@ def linear(
     _check(x, weight, bias, layer_norm, k_multiplier, residual, gelu_from, act_dim, out_dtype)
     if not 0 <= done_mark <= _MAX_MARK:
         raise ValueError(f"done_mark must be in [0, {_MAX_MARK}], got {done_mark}")
-    if done_mark and isinstance(weight, QuantizedArray):
-        raise ValueError(f"done_mark needs a weight of dtype, not an INT8 one, got {done_mark}")
+    if int8_activations and not isinstance(weight, QuantizedArray):
+        raise ValueError(f"int8_activations needs an INT8 weight, got one of {weight.dtype.name}")
     if early is not None:
-        if isinstance(weight, QuantizedArray) or layer_norm is not None or k_multiplier is not None:
-            raise ValueError("early needs a weight of dtype, not an INT8 one, and neither layer_norm nor k_multiplier")
+        if layer_norm is not None or k_multiplier is not None:
+            raise ValueError("early needs an x that neither layer_norm nor k_multiplier changes")
         if not (0 <= early.begin <= x.shape[1] and 1 <= early.mark <= _MAX_MARK):
             raise ValueError(f"early must begin in [0, {x.shape[1]}] with a mark in [1, {_MAX_MARK}], got {early}")
     run = linear_reference if implementation == "reference" else linear_ffi
@@ -134,6 +142,7 @@ def linear(
         prefetch_weight=prefetch_weight,
         done_mark=done_mark,
         early=early,
+        int8_activations=int8_activations,
     )
 
 
@@ -152,9 +161,11 @@ def linear_reference(
     prefetch_weight: bool = False,
     done_mark: int = 0,
     early: EarlyColumns | None = None,
+    int8_activations: bool = False,
 ) -> tuple[Array, ...]:
     """`linear` in `jax.numpy`: LayerNorm in f32, the product in dtype with f32 accumulation."""
     del prefetch_weight, done_mark, early  # XLA orders its own reads
+    del int8_activations  # dtype is more exact
     dtype = _compute_dtype(x, weight, layer_norm)
     h = x
     if layer_norm is not None:
@@ -189,6 +200,7 @@ def linear_ffi(
     prefetch_weight: bool = False,
     done_mark: int = 0,
     early: EarlyColumns | None = None,
+    int8_activations: bool = False,
 ) -> tuple[Array, ...]:
     """`linear` through XLA's FFI (csrc/linear.h): the Host handler on a CPU, the CUDA handler on an NVIDIA GPU.
 
@@ -233,6 +245,7 @@ def linear_ffi(
         done_mark=np.int64(done_mark),
         awaited_mark=np.int64(0 if early is None else early.mark),
         early_from=np.int64(0 if early is None else early.begin),
+        int8_activations=bool(int8_activations),
     )
     return (y, semaphores) if gelu_from is None else (y, act, semaphores)
 

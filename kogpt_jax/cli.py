@@ -54,7 +54,7 @@ _Quant = Annotated[
     _QuantMode,
     typer.Option(
         help="Quantisation: w8a16 holds the weight matrices in INT8, at half the size; w8a8 also reads prompts and "
-        "scores texts with INT8 activations."
+        "scores texts with INT8 activations, and decodes with them on Hopper GPUs."
     ),
 ]
 _Calibration = Annotated[

@@ -53,7 +53,8 @@ class ModelConfig:
     dtype: Dtype = "bf16"
     # w8a16: matrices of the layers and lm_head in INT8 with an f32 scale an output; all else and activations in dtype.
     # w8a8: the same weights; where whole sequences go through a layer, its products' activations are rounded to INT8
-    # too, with a scale a token. Decode steps and lm_head are as in w8a16.
+    # too, with a scale a token. So are those of decode steps by the kernels for sm_90a, with a scale a row behind
+    # LayerNorm and one for 256 columns of a row in front of w_out; elsewhere they are as in w8a16, and so is lm_head.
     quant: Quant = "none"
     # int8: cached keys and values in INT8 with an f32 scale a token and head. None, or dtype's name: in dtype.
     kv_dtype: str | None = None

@@ -218,7 +218,8 @@ class KoGPT:
             dtype: "fp32", "fp16" or "bf16"; None keeps the dtype of the stored weights.
             quant: "w8a16" holds the weight matrices in INT8 with a scale an output, "none" in ``dtype``. "w8a8" has the
                 weights of "w8a16", and where prompts are read and texts scored it rounds the activations of the layers'
-                products to INT8 too, with a scale a token.
+                products to INT8 too, with a scale a token; with the kernels for sm_90a in decode steps, too, with a
+                scale a row behind LayerNorm and one for 256 columns of a row in front of ``w_out``.
             calibration: a text file for quant "w8a8": its weights are smoothed on it (`smoothing`), a document a line.
                 Weights smoothed on another text are other weights, so it must be named at every load; they are made at
                 the first and kept, if ``keep_quantized``.

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from custom_ops import (
+    MAX_EARLY_ROWS_INT8,
     MAX_ROWS,
     DecodedSteps,
     DecodeHead,
@@ -188,9 +189,10 @@ class Block(nnx.Module):
         """
         config = self.config
         local_dim = self.num_local_heads * config.head_dim
-        # ``w_out`` begins with GELU's columns while attention still fills its own, but not where a kernel of its own
-        # first rounds or multiplies all of its input.
-        mark = layer + 1 if config.quant == "none" and not config.has_multiplier else 0
+        # ``w_out`` begins with GELU's columns, while attention still fills its own where no kernel of its own first
+        # rounds or multiplies all of ``w_out``'s input.
+        mark = 0 if config.has_multiplier else layer + 1
+        leaves_room = mark > 0 and (config.quant == "none" or x.shape[0] <= MAX_EARLY_ROWS_INT8)
         qkv, act, semaphores = self._decode_w_in(x, semaphores, mark)
         check("w_in", layer, lambda: (qkv, act[:, local_dim:]))
         with jax.named_scope("attention"):
@@ -205,7 +207,7 @@ class Block(nnx.Module):
                 act,
                 semaphores=semaphores,
                 prefetch_cache=True,  # the kernels just ahead are a product's: no page is theirs
-                leaves_room=mark > 0,
+                leaves_room=leaves_room,
                 implementation=self.ops.decode_attention,
             )
         check("attention", layer, lambda: (act[:, :local_dim],))
@@ -273,6 +275,7 @@ class Block(nnx.Module):
                 bias=_local(self.b_ffn_in, 1),
                 gelu_from=3 * local_dim,
                 act_dim=local_dim + self.b_ffn_in.shape[-1],
+                int8_activations=self.config.quant == "w8a8",
             )
 
     def _decode_w_out(
@@ -286,6 +289,7 @@ class Block(nnx.Module):
             options: dict[str, Any] = {
                 "k_multiplier": self._local_multiplier(),
                 "early": EarlyColumns(local_dim, mark) if mark else None,
+                "int8_activations": self.config.quant == "w8a8",
             }
             if self.num_shards == 1:
                 x, semaphores = decode_linear(act, w_out, ops, semaphores, bias=bias, residual=x, **options)
@@ -467,6 +471,7 @@ class GPTJ(nnx.Module):
             "sum_over": ("tensor",) if has_shards else None,
             "device_groups": device_groups(self.ops.devices, ("tensor",)) if has_shards else (),
             "prefetch_weights": True,  # arguments of the jitted phases: no kernel writes them
+            "int8_activations": self.config.quant == "w8a8",
             "implementation": "ffi",
         }
 

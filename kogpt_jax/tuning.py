@@ -244,10 +244,14 @@ def _candidate(choice: Choice, problem: Problem) -> Candidate:
 
 
 def _as_integers(operands: _Operands) -> Any:
-    """Activations rounded to the 16-bit integers that `custom_ops.linear` has on sm_90a beside an INT8 weight."""
+    """Activations rounded to the 16-bit integers that `custom_ops.linear` has on sm_90a beside an INT8 weight, with a
+    scale for each 256 columns of a row."""
     x = jnp.asarray(operands[0], jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 32639
-    return (jnp.round(x / scale) * scale, *operands[1:])
+    rows, k_dim = x.shape
+    groups = jnp.pad(x, ((0, 0), (0, -k_dim % 256))).reshape(rows, -1, 256)
+    scale = jnp.maximum(jnp.max(jnp.abs(groups), axis=2, keepdims=True), 1e-30) / 32639
+    rounded = (jnp.round(groups / scale) * scale).reshape(rows, -1)[:, :k_dim]
+    return (rounded, *operands[1:])
 
 
 @functools.lru_cache(maxsize=1)  # for all rows; the weights before are freed

@@ -35,6 +35,7 @@ class LinearCase:
     k_multiplier: int = 0
     gelu_from: int | None = None
     act_dim: int | None = None
+    int8_activations: int = 0
 
     @property
     def num_gelu(self) -> int:
@@ -123,7 +124,12 @@ def call_linear(case: LinearCase, arguments: dict[str, Any], **options: Any) -> 
     arguments = dict(arguments)
     if case.ln:
         arguments["layer_norm"] = (arguments.pop("ln_scale"), arguments.pop("ln_bias"), EPSILON)
-    options = {"out_dtype": DTYPES[case.y], "gelu_from": case.gelu_from, "act_dim": case.act_dim} | options
+    options = {
+        "out_dtype": DTYPES[case.y],
+        "gelu_from": case.gelu_from,
+        "act_dim": case.act_dim,
+        "int8_activations": bool(case.int8_activations),
+    } | options
     return custom_ops.linear(arguments.pop("x"), arguments.pop("weight"), **arguments, **options)
 
 
@@ -132,7 +138,8 @@ def linear_oracle(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(y, GELU's outputs) in f64: nothing is rounded on the way, and an INT8 weight is taken as it is.
 
-    ``has_integers``: h is rounded to 16-bit integers, as the kernels for sm_90a do it beside an INT8 weight.
+    ``has_integers``: h is rounded to integers of 16 bits, or of 8, as the kernels for sm_90a do it beside an INT8
+    weight.
     """
     values = {name: _as_f64(array) for name, array in arguments.items()}
     h = values["x"]
@@ -141,8 +148,7 @@ def linear_oracle(
         h = h / np.sqrt((h**2).mean(axis=-1, keepdims=True) + EPSILON) * values["ln_scale"] + values["ln_bias"]
     h = h * values.get("k_multiplier", 1.0)
     if has_integers:
-        scale = np.abs(h).max(axis=-1, keepdims=True) / 32639
-        h = np.rint(h / scale) * scale
+        h = as_integers(h, 127 if case.int8_activations else 32639, group_len=case.k if case.ln else 256)
     z = h @ values["weight"].T
     split = case.outputs - case.num_gelu
     y, gelu = z[:, :split], z[:, split:]
@@ -152,6 +158,13 @@ def linear_oracle(
     gelu = gelu + bias
     gelu = 0.5 * gelu * (1 + np.tanh(np.sqrt(2 / np.pi) * (gelu + 0.044715 * gelu**3)))
     return y + values.get("residual", 0.0), gelu
+
+
+def as_integers(h: np.ndarray, largest: int, *, group_len: int) -> np.ndarray:
+    """Multiples of a scale for each so many columns of a row, of which ``largest`` is the largest magnitude."""
+    groups = np.split(h, range(group_len, h.shape[1], group_len), axis=1)
+    scales = [np.maximum(np.abs(group).max(axis=1, keepdims=True), 1e-30) / largest for group in groups]
+    return np.concatenate([np.rint(group / scale) * scale for group, scale in zip(groups, scales, strict=True)], axis=1)
 
 
 def _as_f64(array: Any) -> np.ndarray:

@@ -13,7 +13,16 @@ import pytest
 import tolerances
 from jax.sharding import PartitionSpec as P
 from small_model import KERNEL_CONFIG, greedy, prompt
-from test_decode_layers import EPSILON, KINDS, Case, assert_same_bits, make_case, on_two_shards, op_by_op
+from test_decode_layers import (
+    EPSILON,
+    KINDS,
+    ROUNDED_KINDS,
+    assert_same_bits,
+    kind_id,
+    make_case,
+    on_two_shards,
+    op_by_op,
+)
 from test_decode_steps import VOCABS, make_steps, on_shard, step_by_step, with_bias
 from test_mesh import replica_problems
 
@@ -93,15 +102,16 @@ def test_many_calls_of_two_sizes_follow_one_another(mesh):
     np.testing.assert_array_equal(run_on(mesh, kernel, x), np.stack([expected, expected]))
 
 
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("kind", KINDS + ROUNDED_KINDS, ids=kind_id)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_layers_on_two_shards_have_the_bits_of_their_ops(mesh, dtype, quant, int8_cache, multiplier):
+def test_layers_on_two_shards_have_the_bits_of_their_ops(mesh, dtype, kind):
     """Where the sum adds up the product's parts, and makes the next LayerNorm, too."""
-    case = make_case(dtype, quant=quant, int8_cache=int8_cache, multiplier=multiplier)
+    case = make_case(dtype, **kind)
     groups = cuda_devices(mesh)[0]
 
     def one_call(case):
         options = {"epsilon": EPSILON, "head": case.head, "sum_over": "tensor", "device_groups": groups}
+        options["int8_activations"] = case.int8_activations
         return decode_layers(
             *case.arguments(), **options, semaphores=make_semaphores(), prefetch_weights=True, implementation="ffi"
         )[:4]
@@ -111,12 +121,12 @@ def test_layers_on_two_shards_have_the_bits_of_their_ops(mesh, dtype, quant, int
         assert_same_bits(on_two_shards(case, one_call), expected)
 
 
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("kind", KINDS + ROUNDED_KINDS, ids=kind_id)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_steps_on_two_shards_are_those_one_by_one(mesh, vocab, dtype, quant, int8_cache, multiplier):
+def test_steps_on_two_shards_are_those_one_by_one(mesh, vocab, dtype, kind):
     """Tokens, cache and log-probabilities, the same on both devices; an odd vocabulary leaves padding on the second."""
-    steps = make_steps(dtype, quant=quant, int8_cache=int8_cache, multiplier=multiplier, vocab=vocab)
+    steps = make_steps(dtype, vocab=vocab, **kind)
     sums: dict[str, Any] = {"sum_over": "tensor", "device_groups": cuda_devices(mesh)[0]}
 
     def one_by_one(case):
@@ -182,10 +192,8 @@ def test_of_equal_logits_on_two_shards_the_first_is_taken(mesh, values, token, i
 
 def of_rows(steps, rows):
     """These steps for some of their rows."""
-    x, layers, rotary, k_pages, v_pages, page_table, lengths, num_new = steps.case.arguments(rows)
-    case = Case(x, layers, rotary, k_pages, v_pages, page_table, lengths, num_new, steps.case.head)
     state = {name: getattr(steps, name)[rows] for name in ("tokens", "num_remaining", "ignore_eos")}
-    return dataclasses.replace(steps, case=case, **state)
+    return dataclasses.replace(steps, case=steps.case.of_rows(rows), **state)
 
 
 def test_calls_of_different_numbers_of_rows_follow_one_another(mesh):

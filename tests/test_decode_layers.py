@@ -13,6 +13,7 @@ import tolerances
 from jax.sharding import PartitionSpec
 
 from custom_ops import (
+    MAX_EARLY_ROWS_INT8,
     DecodeHead,
     DecodeLayer,
     EarlyColumns,
@@ -47,6 +48,7 @@ class Case:
     lengths: jax.Array
     num_new: jax.Array
     head: DecodeHead
+    int8_activations: bool = False
 
     def arguments(self, rows: Any = slice(None)) -> tuple[Any, ...]:
         """Of some rows alone."""
@@ -54,9 +56,22 @@ class Case:
         of_rows = (self.page_table[rows], self.lengths[rows], self.num_new[rows])
         return self.x[rows], self.layers, rotary, self.k_pages, self.v_pages, *of_rows
 
+    def of_rows(self, rows: Any) -> "Case":
+        """The same call for some rows."""
+        x, _, rotary, _, _, page_table, lengths, num_new = self.arguments(rows)
+        return dataclasses.replace(self, x=x, rotary=rotary, page_table=page_table, lengths=lengths, num_new=num_new)
+
 
 def make_case(
-    dtype: str, *, quant: bool, int8_cache: bool, multiplier: bool = False, num_layers: int = 3, vocab: int = VOCAB
+    dtype: str,
+    *,
+    quant: bool = False,
+    int8_cache: bool = False,
+    multiplier: bool = False,
+    int8_activations: bool = False,
+    num_layers: int = 3,
+    vocab: int = VOCAB,
+    head_dim: int = HEAD_DIM,
 ) -> Case:
     rng = np.random.default_rng(7)
 
@@ -67,7 +82,7 @@ def make_case(
         weight = draw(outputs, k, scale=k**-0.5)
         return quantize_weight(weight) if quant else weight
 
-    attention_dim = HEADS * HEAD_DIM
+    attention_dim = HEADS * head_dim
     layers: list[DecodeLayer] = []
     k_pages: list[Any] = []
     v_pages: list[Any] = []
@@ -85,7 +100,7 @@ def make_case(
             )
         )
         for pages in (k_pages, v_pages):
-            values = draw(NUM_PAGES, HEADS, PAGE_LEN, HEAD_DIM)
+            values = draw(NUM_PAGES, HEADS, PAGE_LEN, head_dim)
             pages.append(quantize_weight(values) if int8_cache else values)
     lengths = jnp.asarray([0, 17, 31], jnp.int32)
     angles = np.asarray(lengths)[:, None] * 100.0 ** -np.linspace(0, 1, 8)
@@ -99,6 +114,7 @@ def make_case(
         lengths=lengths,
         num_new=jnp.asarray([1, 1, 0], jnp.int32),
         head=DecodeHead(draw(DIM, scale=0.1, mean=1), draw(DIM, scale=0.1), matrix(vocab, DIM), draw(vocab, scale=0.1)),
+        int8_activations=int8_activations,
     )
 
 
@@ -111,7 +127,8 @@ def op_by_op(case: Case, device_groups: Any = ()) -> tuple[Any, ...]:
     attention_dim = num_heads * head_dim
     options: dict[str, Any] = {"prefetch_weight": True, "implementation": "ffi"}
     for number, layer in enumerate(case.layers, start=1):
-        is_early = not isinstance(layer.w_in, QuantizedArray) and layer.k_multiplier is None
+        is_early = layer.k_multiplier is None
+        is_int8 = isinstance(layer.w_in, QuantizedArray)
         qkv, act, semaphores = linear(
             x,
             layer.w_in,
@@ -121,6 +138,7 @@ def op_by_op(case: Case, device_groups: Any = ()) -> tuple[Any, ...]:
             gelu_from=3 * attention_dim,
             act_dim=layer.w_out.shape[1],
             done_mark=number if is_early else 0,
+            int8_activations=case.int8_activations,
             **options,
         )
         act, k, v, semaphores = decode_attention(
@@ -134,7 +152,7 @@ def op_by_op(case: Case, device_groups: Any = ()) -> tuple[Any, ...]:
             act,
             semaphores=semaphores,
             prefetch_cache=True,
-            leaves_room=is_early,
+            leaves_room=is_early and (not is_int8 or len(x) <= MAX_EARLY_ROWS_INT8),
             implementation="ffi",
         )
         terms: dict[str, Any] = {"bias": layer.b_ffn_out, "residual": x}
@@ -144,6 +162,7 @@ def op_by_op(case: Case, device_groups: Any = ()) -> tuple[Any, ...]:
             semaphores=semaphores,
             k_multiplier=layer.k_multiplier,
             early=EarlyColumns(attention_dim, number) if is_early else None,
+            int8_activations=case.int8_activations,
             **({"out_dtype": jnp.float32} if device_groups else terms),
             **options,
         )
@@ -167,7 +186,7 @@ def op_by_op(case: Case, device_groups: Any = ()) -> tuple[Any, ...]:
 def run(case: Case, implementation: str, **options: Any) -> tuple[Any, ...]:
     """What a jitted call gives, all but the semaphores."""
     rows = options.pop("rows", slice(None))
-    options = {"head": case.head, "epsilon": EPSILON, **options}
+    options = {"head": case.head, "epsilon": EPSILON, "int8_activations": case.int8_activations, **options}
     semaphores = make_semaphores()
 
     def call(x, layers, rotary, k_pages, v_pages, page_table, lengths, num_new, head, semaphores):
@@ -187,42 +206,90 @@ def assert_same_bits(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
 
 
-KINDS = [(False, False, False), (True, False, True), (True, True, False)]  # quant, INT8 cache, multiplier
+KINDS: list[dict[str, bool]] = [{}, {"quant": True, "multiplier": True}, {"quant": True, "int8_cache": True}]
+# Of these the kernels for sm_90a round more than the reference.
+ROUNDED_KINDS: list[dict[str, bool]] = [
+    {"quant": True, "int8_activations": True},
+    {"quant": True, "int8_activations": True, "multiplier": True},
+]
+
+
+def kind_id(kind: Any) -> str | None:
+    return "-".join(kind) or "plain" if isinstance(kind, dict) else None
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("kind", KINDS + ROUNDED_KINDS, ids=kind_id)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_one_call_gives_the_bits_of_its_ops(dtype, quant, int8_cache, multiplier):
-    case = make_case(dtype, quant=quant, int8_cache=int8_cache, multiplier=multiplier)
-    expected = jax.jit(lambda: op_by_op(case))()
-    for _ in range(3):  # the second time what is kept of the first, with arrays that lie elsewhere, too
-        assert_same_bits(run(case, "ffi"), expected)
+def test_one_call_gives_the_bits_of_its_ops(dtype, kind):
+    """Of several rows and of one, which INT8 products take in another way, and of heads as large as a group of columns
+    that has a scale."""
+    whole = make_case(dtype, **kind)
+    for case in (whole, whole.of_rows(slice(1, 2)), make_case(dtype, **kind, head_dim=256)):
+        expected = jax.jit(lambda case=case: op_by_op(case))()
+        for _ in range(3):  # the second time what is kept of the first, with arrays that lie elsewhere, too
+            assert_same_bits(run(case, "ffi"), expected)
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("int8_cache", [False, True])
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("length", [70, 600])
+def test_long_rows_have_the_bits_of_the_ops(length, int8_activations, int8_cache):
+    """On Hopper attention rounds what `w_out` takes, where the heads of a long row go to several blocks: to two that
+    are a cluster, and to ten of which the one that ends last has the result."""
+    case = make_case("bf16", quant=True, int8_cache=int8_cache, int8_activations=int8_activations, head_dim=256)
+    last = length // PAGE_LEN
+    table = np.tile([[4], [1], [2]], last + 1)
+    table[1, 1], table[2, last] = 7, 8  # a page for each row's new token
+    case = dataclasses.replace(
+        case,
+        page_table=jnp.asarray(table, jnp.int32),
+        lengths=jnp.asarray([0, 17, length], jnp.int32),
+        num_new=jnp.ones(3, jnp.int32),
+    )
+    assert_same_bits(run(case, "ffi"), jax.jit(lambda: op_by_op(case))())
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("kind", KINDS + ROUNDED_KINDS, ids=kind_id)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_reference_says_the_same(dtype, quant, int8_cache, multiplier):
+def test_the_reference_says_the_same(dtype, kind):
     """Of rows that run; what a finished one's x holds means nothing, but it is the same too."""
-    case = make_case(dtype, quant=quant, int8_cache=int8_cache, multiplier=multiplier)
+    case = make_case(dtype, **kind)
     found, expected = run(case, "ffi"), run(case, "reference")
+    rounds = case.int8_activations and jax.default_backend() == "gpu"
+    rule = tolerances.STEP_OF_INT8_KERNELS if rounds else tolerances.STEP_OF_KERNELS[dtype]
     for a, b in zip(found[:2], expected[:2], strict=True):
-        tolerances.assert_close(a, b, tolerances.STEP_OF_KERNELS[dtype])
+        tolerances.assert_close(a, b, rule)
     for index, (a, b) in enumerate(zip(jax.tree.leaves(found[2:]), jax.tree.leaves(expected[2:]), strict=True)):
         untouched = np.setdiff1d(np.arange(NUM_PAGES), [4, 7, NUM_PAGES - 1])
         np.testing.assert_array_equal(np.asarray(a)[untouched], np.asarray(b)[untouched], err_msg=str(index))
 
 
 @pytest.mark.host
+@pytest.mark.parametrize("kind", ROUNDED_KINDS, ids=kind_id)
+def test_a_cpu_rounds_nothing_more(kind):
+    """And a row has the same bits alone."""
+    case = make_case("fp16", **kind)
+    found = run(case, "ffi")
+    assert_same_bits(found, run(dataclasses.replace(case, int8_activations=False), "ffi"))
+    check_rows_alone(case, found)
+
+
+def check_rows_alone(case: Case, found: tuple[Any, ...]) -> None:
+    for row in range(2):
+        alone = run(case, "ffi", rows=slice(row, row + 1))
+        for name, value, among in zip(("x", "logits"), alone, found, strict=False):
+            np.testing.assert_array_equal(np.asarray(value)[0], np.asarray(among)[row], err_msg=name)
+
+
+@pytest.mark.host
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_row_alone_has_the_same_bits_and_a_head_is_optional(num_layers):
     case = make_case("fp16", quant=False, int8_cache=False, num_layers=num_layers)
-    x, logits, *_ = run(case, "ffi")
-    for row in range(2):
-        alone = run(case, "ffi", rows=slice(row, row + 1))
-        np.testing.assert_array_equal(np.asarray(alone[0])[0], np.asarray(x)[row])
-        np.testing.assert_array_equal(np.asarray(alone[1])[0], np.asarray(logits)[row])
+    x, *_ = found = run(case, "ffi")
+    check_rows_alone(case, found)
     for implementation in ("ffi", "reference"):
         headless = run(case, implementation, head=None)
         assert headless[1] is None
@@ -293,6 +360,13 @@ def test_a_timeout_out_of_range_is_named(implementation, timeout_s):
         run(case, implementation, timeout_s=timeout_s)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "ffi"])
+def test_int8_activations_beside_weights_of_16_bits_are_refused(implementation):
+    case = make_case("fp16", int8_activations=True)
+    with pytest.raises(ValueError, match="int8_activations needs INT8 weights, got layers of float16"):
+        run(case, implementation)
+
+
 def on_two_shards(case: Case, step: Callable[..., tuple[Any, ...]]) -> tuple[Any, ...]:
     """What ``step(case)`` gives on two devices that each have one of the heads and half of the FFN: x and logits of
     both, [2, ...], and the pages of all heads."""
@@ -336,10 +410,10 @@ def on_two_shards(case: Case, step: Callable[..., tuple[Any, ...]]) -> tuple[Any
     return jax.jit(mapped)(layers, case.k_pages, case.v_pages)
 
 
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
-def test_shards_that_are_summed_are_the_whole(quant, int8_cache, multiplier):
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_shards_that_are_summed_are_the_whole(kind):
     """By the reference."""
-    case = make_case("fp32", quant=quant, int8_cache=int8_cache, multiplier=multiplier)
+    case = make_case("fp32", **kind)
 
     def step(case: Case) -> tuple[Any, ...]:
         options: dict[str, Any] = {"epsilon": EPSILON, "head": case.head, "sum_over": "tensor"}
@@ -350,7 +424,7 @@ def test_shards_that_are_summed_are_the_whole(quant, int8_cache, multiplier):
     for a, b in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_array_equal(a[0], a[1])
         tolerances.assert_close(a[0], b, tolerances.STEP_OF_KERNELS["fp32"])
-    if not int8_cache:  # where one step of an integer may lie between two sums
+    if "int8_cache" not in kind:  # where one step of an integer may lie between two sums
         for a, b in zip(jax.tree.leaves(found[2:]), jax.tree.leaves(expected[2:]), strict=True):
             tolerances.assert_close(a, b, tolerances.STEP_OF_KERNELS["fp32"])
 

@@ -9,11 +9,15 @@ import pytest
 from test_decode_layers import (
     EPSILON,
     KINDS,
+    ROUNDED_KINDS,
     assert_same_bits,
+    check_rows_alone,
+    kind_id,
     make_case,
     op_by_op,
     run,
     test_a_row_alone_has_the_same_bits_and_a_head_is_optional,
+    test_long_rows_have_the_bits_of_the_ops,
     test_what_the_kernels_do_not_take_is_named,
 )
 from test_decode_layers import test_one_call_gives_the_bits_of_its_ops as bits_of_its_ops
@@ -23,17 +27,20 @@ from custom_ops import decode_layers, make_semaphores
 
 __all__ = [
     "test_a_row_alone_has_the_same_bits_and_a_head_is_optional",
+    "test_long_rows_have_the_bits_of_the_ops",
     "test_what_the_kernels_do_not_take_is_named",
 ]
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("kind", KINDS + ROUNDED_KINDS, ids=kind_id)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_one_call(dtype, quant, int8_cache, multiplier):
-    bits_of_its_ops(dtype, quant, int8_cache, multiplier)
-    reference_says_the_same(dtype, quant, int8_cache, multiplier)
+def test_one_call(dtype, kind):
+    bits_of_its_ops(dtype, kind)
+    reference_says_the_same(dtype, kind)
+    case = make_case(dtype, **kind)
+    check_rows_alone(case, run(case, "ffi"))
 
 
 def test_graphs_of_many_arguments_follow_one_another():

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
-from test_decode_layers import DIM, DTYPES, EPSILON, KINDS, VOCAB, Case, assert_same_bits, make_case, on_two_shards
+from test_decode_layers import (
+    DIM,
+    DTYPES,
+    EPSILON,
+    KINDS,
+    ROUNDED_KINDS,
+    VOCAB,
+    Case,
+    assert_same_bits,
+    kind_id,
+    make_case,
+    on_two_shards,
+)
 
 from custom_ops import NO_TOKEN, DecodedSteps, decode_layers, decode_steps, make_semaphores
 
@@ -38,11 +50,16 @@ class StepsCase:
         return *state, self.embedding, self.angles, case.layers, *cache
 
     def options(self) -> dict[str, Any]:
-        return {"vocab_size": self.vocab_size, "eos_token_ids": self.eos_token_ids, "epsilon": EPSILON}
+        return {
+            "vocab_size": self.vocab_size,
+            "eos_token_ids": self.eos_token_ids,
+            "epsilon": EPSILON,
+            "int8_activations": self.case.int8_activations,
+        }
 
 
-def make_steps(dtype: str, *, quant: bool = False, vocab: int = VOCAB, **options: Any) -> StepsCase:
-    case = make_case(dtype, quant=quant, int8_cache=options.pop("int8_cache", False), vocab=vocab, **options)
+def make_steps(dtype: str, *, vocab: int = VOCAB, **options: Any) -> StepsCase:
+    case = make_case(dtype, vocab=vocab, **options)
     angles = np.arange(CAPACITY)[:, None] * 100.0 ** -np.linspace(0, 1, 8)
     embedding = np.random.default_rng(8).standard_t(5, (vocab, DIM))
     return StepsCase(
@@ -99,6 +116,7 @@ def step_by_step(steps: StepsCase, num_steps: int = 4, **sums: Any) -> DecodedSt
             head=case.head,
             semaphores=semaphores,
             prefetch_weights=True,
+            int8_activations=case.int8_activations,
             implementation="ffi",
             **sums,
         )
@@ -128,11 +146,11 @@ def assert_same_steps(found: DecodedSteps, expected: DecodedSteps) -> None:
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("kind", KINDS + ROUNDED_KINDS, ids=kind_id)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_steps_in_one_call_are_those_one_by_one(dtype, quant, int8_cache, multiplier):
+def test_steps_in_one_call_are_those_one_by_one(dtype, kind):
     for vocab in VOCABS:
-        steps = make_steps(dtype, quant=quant, int8_cache=int8_cache, multiplier=multiplier, vocab=vocab)
+        steps = make_steps(dtype, vocab=vocab, **kind)
         expected = jax.jit(lambda steps=steps: step_by_step(steps))()
         new_tokens = np.asarray(expected.new_tokens)
         assert len(set(new_tokens[0].tolist())) > 1, new_tokens
@@ -142,11 +160,11 @@ def test_steps_in_one_call_are_those_one_by_one(dtype, quant, int8_cache, multip
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("quant", "int8_cache", "multiplier"), KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_reference_says_the_same(dtype, quant, int8_cache, multiplier):
+def test_the_reference_says_the_same(dtype, kind):
     """Up to a token that differs, where two are about as likely."""
-    steps = make_steps(dtype, quant=quant, int8_cache=int8_cache, multiplier=multiplier)
+    steps = make_steps(dtype, **kind)
     found, expected = run(steps, "ffi"), run(steps, "reference")
     for row in range(2):
         differs = np.flatnonzero(np.asarray(found.new_tokens[row] != expected.new_tokens[row]))
@@ -343,6 +361,8 @@ def test_options_that_do_not_fit_are_named(implementation):
         run(steps, implementation, 0)
     with pytest.raises(ValueError, match="timeout_s must be 0.001 to 1e6 seconds, got 0"):
         run(steps, implementation, timeout_s=0.0)
+    with pytest.raises(ValueError, match="int8_activations needs INT8 weights, got layers of float16"):
+        run(steps, implementation, int8_activations=True)
     with pytest.raises(ValueError, match="got 1 layers, 0 and 1 pages"):
         run(dataclasses.replace(steps, case=dataclasses.replace(steps.case, k_pages=[])), implementation)
 

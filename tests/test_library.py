@@ -267,7 +267,7 @@ def make_operands(target):
         "result act": (bf16, 2, 160),
         "result h": (bf16, 2, 160),
         "result part": (f32, 0, 32),
-        "result linear_partials": (f32, (192 * 256 + 8) * 8),
+        "result linear_partials": (f32, (192 * 256 + 513) * 8),
         "result attention_partials": (f32, 2 * 2 * 66),
         "result k_pages": (bf16, 5, 2, 16, 64),
         "result k_scales": (f32, 0),
@@ -288,7 +288,7 @@ def make_operands(target):
             "result y": (f32, 2, 16),
             "result act": (bf16, 2, 40),
             "result h": (bf16, 2, 32),
-            "result partials": (f32, (192 * 256 + 8) * 8),
+            "result partials": (f32, (192 * 256 + 513) * 8),
             "result semaphores": (i32, custom_ops.NUM_SEMAPHORES),
         },
         "kogpt_decode_attention": {
@@ -379,6 +379,7 @@ ALIASES = {
 _LAYERS_ATTRIBUTES: dict[str, Any] = {
     "epsilon": np.float32(1e-5),
     "prefetch_weights": False,
+    "int8_activations": False,
     "devices": np.zeros(0, np.int64),
     "group_size": np.int64(1),
     "timeout_ms": np.int64(1000),
@@ -391,6 +392,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
         "done_mark": np.int64(0),
         "awaited_mark": np.int64(0),
         "early_from": np.int64(0),
+        "int8_activations": False,
     },
     "kogpt_decode_attention": {"prefetch_cache": False, "leaves_room": False},
     "kogpt_prefill_attention": {"max_new": np.int64(70)},
@@ -608,14 +610,26 @@ def test_gelu_from_beyond_the_outputs_is_refused(gelu_from):
     [
         ({"done_mark": 2**31}, ["marks", "fit 32 bits", str(2**31)]),
         ({"done_mark": -1}, ["marks must not be negative"]),
-        ({"done_mark": 1}, ["a product with an INT8 weight tells no mark"]),
-        ({"awaited_mark": 1}, ["early columns belong to an x that is multiplied as it lies"]),
+        ({"awaited_mark": 1}, ["early columns belong to an x that neither LayerNorm nor a multiplier changes"]),
     ],
 )
 def test_marks_that_do_not_fit_are_refused(attributes, message):
     """Those that would wait for ever among them."""
     target = "kogpt_linear"
     assert_refused(target, make_operands(target), *message, **{k: np.int64(v) for k, v in attributes.items()})
+
+
+@pytest.mark.host
+def test_a_product_with_an_int8_weight_has_marks():
+    """It tells one, and another one's early columns may be its x; 33 are not, of 32."""
+    target = "kogpt_linear"
+    call(target, make_operands(target), done_mark=np.int64(1))
+    operands = make_operands(target) | {"x": jnp.zeros((2, 32), jnp.bfloat16)}
+    for name in ("ln_scale", "ln_bias", "k_multiplier"):
+        operands[name] = operands[name][:0]
+    call(target, operands, awaited_mark=np.int64(1), early_from=np.int64(16), int8_activations=True)
+    beyond = {"awaited_mark": np.int64(1), "early_from": np.int64(33)}
+    assert_refused(target, operands, "early columns must begin in [0, K]", **beyond)
 
 
 @pytest.mark.host

@@ -2,6 +2,8 @@
 not depend on anything. test_linear_on_gpu.py runs the same functions on a GPU."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec
 from op_cases import LinearCase, call_linear, case_id, linear_arguments, linear_oracle
 
 import custom_ops
-from custom_ops import EarlyColumns, QuantizedArray, make_semaphores
+from custom_ops import EarlyColumns, QuantizedArray, make_semaphores, numerics
 
 CASES = [case for case in op_cases.read_cases("linear") if case.dtype != "fp32"]
 FP32_CASES = [case for case in op_cases.read_cases("linear") if case.dtype == "fp32"]
@@ -26,6 +28,9 @@ LAYER_CASES = [
     LinearCase(outputs=2304, k=1032, dtype="bf16", bias=1, residual=1),
     LinearCase(outputs=2304, k=1040, dtype="fp16", weight="int8", residual=1),
 ]
+LAYER_CASES += [
+    dataclasses.replace(case, int8_activations=1) for case in LAYER_CASES if case.weight == "int8"
+]  # on CPUs the same
 
 with_library = pytest.mark.host
 
@@ -164,25 +169,34 @@ def test_a_prefetched_weight_gives_the_same_bits():
 # Of a layer: model_dim, ffn_dim, rows. In the first its first product, too, is cut along K; others are the 6B model's.
 EARLY_SHAPES = [(256, 520, 3), (512, 2048, 20)]
 MANY_EARLY_SHAPES = [(512, 2048, 1), (512, 2048, 8), (512, 2048, 64)]
+# With an INT8 weight: early columns that begin with a group that has a scale, and within one; as many rows as they are
+# taken ahead for, and more. Each with 16-bit activations and with 8-bit ones.
+INT8_EARLY_SHAPES = [(256, 528, 1), (448, 448, 1), (256, 528, 2), (512, 2048, 8), (448, 448, 40)]
+MANY_INT8_EARLY_SHAPES = [(512, 2048, 1), (512, 2048, 2), (512, 2048, 40), (2304, 1024, 1)]
+MANY_INT8_EARLY_SHAPES += [(4096, 16384, 1), (4096, 16384, 2), (4096, 16384, 8), (4096, 16384, 40)]
 # Parts of K without early chunks or without late ones.
 MANY_EARLY_SHAPES += [(448, 448, 3), (448, 448, 20)]
 MANY_EARLY_SHAPES += [(2304, 1024, 3), (2304, 1024, 20), (4096, 16384, 1), (4096, 16384, 8), (4096, 16384, 64)]
 NUM_LAYERS = 6
 
 
-def early_arguments(model_dim: int, ffn_dim: int, rows: int) -> dict[str, jax.Array]:
+def early_arguments(model_dim: int, ffn_dim: int, rows: int, *, quant: bool) -> dict[str, Any]:
     """Of `early_layers`: weights of two layers in turn, and a cache of 70 tokens of 100."""
     rng = np.random.default_rng(6)
 
     def random(*shape, scale=1.0, dtype=BF16):
         return op_cases.heavy_tailed(rng, *shape, dtype=dtype, scale=scale)
 
+    def weights(*shape):
+        both = random(2, *shape, scale=shape[1] ** -0.5)
+        return custom_ops.quantize_weight(both) if quant else both
+
     in_shape, out_shape = (3 * model_dim + ffn_dim, model_dim), (model_dim, model_dim + ffn_dim)
     pages = (2 * rows + 1, model_dim // 64, 64, 64)
     return {
         "x": random(rows, model_dim, dtype=F32),
-        "w_in": random(2, *in_shape, scale=in_shape[1] ** -0.5),
-        "w_out": random(2, *out_shape, scale=out_shape[1] ** -0.5),
+        "w_in": weights(*in_shape),
+        "w_out": weights(*out_shape),
         "bias": random(ffn_dim, scale=0.3),
         "ln_scale": 1 + random(model_dim, scale=0.1),
         "ln_bias": random(model_dim, scale=0.1),
@@ -192,9 +206,14 @@ def early_arguments(model_dim: int, ffn_dim: int, rows: int) -> dict[str, jax.Ar
     }
 
 
-def early_layers(arguments, implementation, *, mark_of, run=lambda function: function):
+def early_layers(
+    arguments, implementation, *, mark_of, run=lambda function: function, int8_activations=False, largest_integer=None
+):
     """Layers of two products and attention; each of these through ``run``. Returns the residual stream behind each, and
-    the semaphores."""
+    the semaphores.
+
+    ``largest_integer``: the products' inputs are rounded as the kernels for sm_90a do it beside INT8 weights.
+    """
     rows, model_dim = arguments["x"].shape
     act_dim = arguments["w_out"].shape[2]
     norm = (arguments["ln_scale"], arguments["ln_bias"], op_cases.EPSILON)
@@ -203,20 +222,29 @@ def early_layers(arguments, implementation, *, mark_of, run=lambda function: fun
     x, k_pages, v_pages = arguments["x"], arguments["k_pages"], arguments["v_pages"]
     semaphores = make_semaphores() if implementation == "ffi" else None
     streams = []
+
+    def rounded(h, group_len):
+        integers = op_cases.as_integers(np.asarray(h, np.float64), largest_integer, group_len=group_len)
+        return jnp.asarray(integers, h.dtype)
+
     for layer in range(NUM_LAYERS):
         mark = mark_of(layer)
 
         def w_in(x, weight, semaphores, mark=mark):
+            layer_norm: Any = norm
+            if largest_integer is not None:
+                x, layer_norm = rounded(numerics.layer_norm(x, *norm), x.shape[1]), None
             return custom_ops.linear(
                 x,
                 weight,
-                layer_norm=norm,
+                layer_norm=layer_norm,
                 bias=arguments["bias"],
                 gelu_from=3 * model_dim,
                 act_dim=act_dim,
                 semaphores=semaphores,
                 prefetch_weight=True,
                 done_mark=mark,
+                int8_activations=int8_activations,
                 implementation=implementation,
             )
 
@@ -238,12 +266,13 @@ def early_layers(arguments, implementation, *, mark_of, run=lambda function: fun
 
         def w_out(act, weight, x, semaphores, mark=mark):
             return custom_ops.linear(
-                act,
+                act if largest_integer is None else rounded(act, 256),
                 weight,
                 residual=x,
                 semaphores=semaphores,
                 prefetch_weight=True,
                 early=EarlyColumns(model_dim, mark) if mark else None,
+                int8_activations=int8_activations,
                 implementation=implementation,
             )
 
@@ -259,31 +288,36 @@ def one_by_one(function):
     return lambda *arguments: jax.block_until_ready(jax.jit(function)(*arguments))
 
 
-def check_early_columns(model_dim: int, ffn_dim: int, rows: int) -> None:
-    arguments = early_arguments(model_dim, ffn_dim, rows)
+def check_early_columns(
+    model_dim: int, ffn_dim: int, rows: int, *, quant: bool = False, int8_activations: bool = False
+) -> None:
+    arguments = early_arguments(model_dim, ffn_dim, rows, quant=quant)
+    layers = functools.partial(early_layers, int8_activations=int8_activations)
 
     def mark_of(layer):
         return layer + 1
 
-    together = jax.jit(lambda arguments: early_layers(arguments, "ffi", mark_of=mark_of))
+    together = jax.jit(lambda arguments: layers(arguments, "ffi", mark_of=mark_of))
     x, semaphores = together(arguments)
     assert not np.any(semaphores)
-    apart, semaphores = early_layers(arguments, "ffi", mark_of=mark_of, run=one_by_one)
+    apart, semaphores = layers(arguments, "ffi", mark_of=mark_of, run=one_by_one)
     assert not np.any(semaphores)
     for _ in range(5):
         np.testing.assert_array_equal(together(arguments)[0], apart)
     alone = {name: array[:1] if name in ("x", "page_table") else array for name, array in arguments.items()}
     np.testing.assert_array_equal(together(alone)[0][:, 0], apart[:, 0])
     # And the results are right: as near to f32's as those of the reference in the same precision, and as without marks.
-    in_f32 = {
-        name: array.astype(F32) if jnp.issubdtype(array.dtype, jnp.floating) else array
-        for name, array in arguments.items()
-    }
+    in_f32 = jax.tree.map(
+        lambda array: array.astype(F32) if jnp.issubdtype(array.dtype, jnp.floating) else array, arguments
+    )
     oracle = np.asarray(early_layers(in_f32, "reference", mark_of=mark_of)[0], np.float64)
-    reference = early_layers(arguments, "reference", mark_of=mark_of)[0]
-    plain = jax.jit(lambda arguments: early_layers(arguments, "ffi", mark_of=lambda _: 0))(arguments)[0]
+    references = [early_layers(arguments, "reference", mark_of=mark_of)[0]]
+    if quant and jax.default_backend() == "gpu":
+        largest = 127 if int8_activations else 32639
+        references.append(early_layers(in_f32, "reference", mark_of=mark_of, largest_integer=largest)[0])
+    plain = jax.jit(lambda arguments: layers(arguments, "ffi", mark_of=lambda _: 0))(arguments)[0]
     for layer in range(NUM_LAYERS):
-        error = tolerances.relative_error(reference[layer], oracle[layer])
+        error = max(tolerances.relative_error(reference[layer], oracle[layer]) for reference in references)
         rule = tolerances.twice_the_references_error(error, "bf16")
         for name, value in (("early", x), ("plain", plain)):
             tolerances.assert_close(value[layer], oracle[layer], rule, f"{name} columns, layer {layer}")
@@ -295,6 +329,13 @@ def test_early_columns_are_awaited(shape):
     """Layers in one program, where a product begins before attention has ended, give the bits of calls of which each
     has ended before the next."""
     check_early_columns(*shape)
+
+
+@with_library
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("shape", INT8_EARLY_SHAPES, ids=str)
+def test_early_columns_are_awaited_beside_int8_weights(shape, int8_activations):
+    check_early_columns(*shape, quant=True, int8_activations=int8_activations)
 
 
 @with_library
@@ -388,7 +429,8 @@ F32, BF16, FP16 = jnp.float32, jnp.bfloat16, jnp.float16
         ({"act_dim": 15}, "act_dim must be at least 16, GELU's outputs, got 15"),
         ({"gelu_from": None, "bias": jnp.zeros(24, BF16)}, "act_dim must be None without gelu_from, got 20"),
         ({"done_mark": -1}, r"done_mark must be in \[0, 2147483647\], got -1"),
-        ({"early": EarlyColumns(0, 1)}, "early needs a weight of dtype, not an INT8 one, and neither layer_norm nor"),
+        ({"early": EarlyColumns(0, 1)}, "early needs an x that neither layer_norm nor k_multiplier changes"),
+        ({"int8_activations": True}, "int8_activations needs an INT8 weight, got one of bfloat16"),
         ({"implementation": "auto"}, "implementation must be 'reference' or 'ffi', got 'auto'"),
         (
             {"weight": QuantizedArray(jnp.zeros((24, 32), jnp.int8), jnp.ones((24, 32)))},
@@ -414,10 +456,13 @@ def test_early_columns_beyond_x_or_without_a_mark_are_refused(early, implementat
         )
 
 
-def test_an_int8_weight_tells_no_mark():
-    case = LinearCase(rows=2, outputs=8, k=32, weight="int8")
-    with pytest.raises(ValueError, match="done_mark needs a weight of dtype, not an INT8 one, got 3"):
-        call_linear(case, linear_arguments(case), done_mark=3, implementation="reference")
+@with_library
+@pytest.mark.parametrize("case", [case for case in LAYER_CASES if case.int8_activations], ids=case_id)
+def test_a_cpu_does_not_round_to_integers(case):
+    arguments = linear_arguments(case)
+    found = jitted(case)(arguments, make_semaphores())[:2]
+    expected = jitted(dataclasses.replace(case, int8_activations=0))(arguments, make_semaphores())[:2]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 ARRAYS = ("x", "weight", "bias", "ln_scale", "ln_bias", "k_multiplier", "residual")

@@ -11,8 +11,8 @@ from test_decoding import test_the_kernels_update_the_cache_in_place
 from test_ops import test_a_row_of_a_step_has_the_same_bits_in_any_batch
 from test_quantize import dequantized, error
 
-from custom_ops import make_semaphores
-from kogpt_jax import KOGPT_6B, KoGPT, SamplingParams, decoding, kv_cache
+from custom_ops import linear, make_semaphores, numerics
+from kogpt_jax import KOGPT_6B, KoGPT, SamplingParams, decoding, kv_cache, model
 from kogpt_jax.config import Dtype, ModelConfig, OpsConfig, Quant
 from kogpt_jax.model import model_def, quantized_as, random_leaves
 from kogpt_jax.packing import Packed
@@ -88,17 +88,44 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(read(list(engine.leaves), cache, tokens, make_semaphores()))
 
 
+def round_in_the_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets models in f32 round what goes into the layers' products as the kernels for sm_90a do it in w8a8: a scale a
+    row, in steps in front of ``w_out`` one for each 256 columns."""
+
+    def rounded(x, layer_norm, group_len=None):
+        if layer_norm is not None:
+            x, group_len = numerics.layer_norm(x, *layer_norm), None
+        groups = x.reshape(x.shape[0], -1, group_len or x.shape[1])
+        scale = jnp.max(jnp.abs(groups), axis=2, keepdims=True) / 127
+        return (jnp.round(groups / scale) * scale).reshape(x.shape)
+
+    def prefill_linear(x, *arguments, layer_norm=None, **options):
+        return plain_prefill(rounded(x, layer_norm), *arguments, **options)
+
+    def rounded_linear(x, weight, *, layer_norm=None, gelu_from=None, **options):
+        if layer_norm is not None and gelu_from is None:  # lm_head
+            return linear(x, weight, layer_norm=layer_norm, **options)
+        return linear(rounded(x, layer_norm, 256), weight, gelu_from=gelu_from, **options)
+
+    plain_prefill = model.prefill_linear
+    monkeypatch.setattr(model, "linear", rounded_linear)
+    monkeypatch.setattr(model, "prefill_linear", prefill_linear)
+
+
 @pytest.fixture(scope="module")
 def leaves() -> list[jax.Array]:
     return heavy_tailed(TWO_LAYERS)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("quant", "kv_dtype"), [("none", None), ("w8a16", None), ("w8a16", "int8")])
+@pytest.mark.parametrize(("quant", "kv_dtype"), [("none", None), ("w8a16", None), ("w8a16", "int8"), ("w8a8", None)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, kv_dtype: str | None, batch: int):
+def test_logits_at_the_6b_layer_shape(
+    leaves, dtype: Dtype, quant: Quant, kv_dtype: str | None, batch: int, monkeypatch: pytest.MonkeyPatch
+):
     """Against f32: at most 1.1 times what XLA loses in the same dtype, and quantised at most 1.1 times what the same
-    quantised weights, over the same kind of cache, lose in f32 (of bf16 what the activations lose besides)."""
+    quantised weights, over the same kind of cache, lose in f32 (of bf16 what the activations lose besides). In w8a8
+    these round activations too, and XLA, whose steps do not, is no measure."""
     tokens = np.random.default_rng(batch).integers(0, TWO_LAYERS.vocab_size, (batch, PROMPT_LEN + NUM_STEPS))
     tokens = tokens.astype(np.int32)
     oracle = step_logits(engine_of(TWO_LAYERS, leaves, "reference"), tokens)
@@ -117,11 +144,14 @@ def test_logits_at_the_6b_layer_shape(leaves, dtype: Dtype, quant: Quant, kv_dty
     plain = dataclasses.replace(config, quant="none")
     errors["activations"] = error(step_logits(engine_of(plain, leaves, "reference"), tokens), oracle)
     errors["reference"] = error(step_logits(engine_of(config, leaves, "reference"), tokens), oracle)
+    if quant == "w8a8":
+        round_in_the_open(monkeypatch)
     if quant != "none":
         errors["weights"] = error(step_logits(dequantized(kernels), tokens), oracle)
         assert 1e-3 < errors["weights"] < 0.2
     print(dtype, quant, kv_dtype, batch, errors)
-    assert errors["ffi"] <= 1.1 * errors["reference"]
+    if quant != "w8a8":
+        assert errors["ffi"] <= 1.1 * errors["reference"]
     if quant != "none":
         of_dtype = errors["activations"] if dtype == "bf16" else 0.0
         assert errors["ffi"] <= 1.1 * np.hypot(errors["weights"], of_dtype)

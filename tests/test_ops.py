@@ -14,7 +14,7 @@ from small_model import KERNEL_CONFIG, greedy, prompt
 
 from custom_ops import MAX_ROWS, _library, make_semaphores, pages
 from kogpt_jax import KoGPT, decoding, kv_cache, ops
-from kogpt_jax.config import Dtype, Implementation, OpsConfig
+from kogpt_jax.config import Dtype, Implementation, ModelConfig, OpsConfig
 from kogpt_jax.decoding import DecodeState
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import decode_linear, model_def, random_leaves
@@ -134,9 +134,9 @@ def test_kernels_that_do_not_fit_the_model_are_refused_by_name(config, named):
     assert "ffi" not in describe(resolve_ops(dataclasses.replace(config, num_heads=4), "auto", platform="cpu"))
 
 
-def lowered(batch: int, chosen: OpsConfig) -> str:
+def lowered(batch: int, chosen: OpsConfig, config: ModelConfig = KERNEL_CONFIG) -> str:
     """The decode loop before XLA has it: no library is needed for that."""
-    config, mesh = KERNEL_CONFIG, make_mesh()
+    mesh = make_mesh()
     definition = model_def(config, ops=chosen)
     leaves = [jax.ShapeDtypeStruct(param.shape, param.dtype) for param in definition.params]
     cache = kv_cache.make_kv_cache(config, mesh, batch, 64)
@@ -173,6 +173,18 @@ def test_what_is_one_call_is_told_by_the_ops():
         assert found == ({target, "linear"} if target == "decode_attention" else {target})
     assert "@kogpt_decode_steps" in lowered(MAX_ROWS, KERNELS)
     assert "@kogpt_decode_steps" not in lowered(MAX_ROWS + 1, KERNELS)
+
+
+@pytest.mark.host
+def test_w8a8_lets_steps_round_the_inputs_of_the_layers_products():
+    """Not that of lm_head, and w8a16 none."""
+    layers = dataclasses.replace(KERNELS, decode_steps="reference")
+    ops_alone = dataclasses.replace(layers, decode_layers="reference")
+    for config, permits in ((W8A8, True), (QUANTIZED, False), (KERNEL_CONFIG, False)):
+        for chosen in (KERNELS, layers, ops_alone):
+            found = re.findall(r"int8_activations = (\w+)", lowered(2, chosen, config))
+            expected = [str(permits).lower()] * (2 * config.num_layers if chosen == ops_alone else 1)
+            assert found == (expected + ["false"] if chosen == ops_alone else expected)
 
 
 @pytest.mark.host
@@ -241,7 +253,7 @@ def test_a_row_has_the_same_bits_in_any_number_of_rows(rows):
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("quant", ["none", "w8a16"])
+@pytest.mark.parametrize("quant", ["none", "w8a16", "w8a8"])
 def test_a_row_of_a_step_has_the_same_bits_in_any_batch(quant):
     """A whole decode step by the kernels over the same pages: alone, among some, among all."""
     dtype: Dtype = "fp32" if jax.default_backend() == "cpu" else "bf16"

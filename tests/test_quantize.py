@@ -224,7 +224,7 @@ def test_w8a8_rounds_the_activations_of_the_layers_products(directory, monkeypat
     assert error(logits, expected) < 0.2 * error(expected, exact)
 
 
-def test_w8a8_costs_little_and_decodes_as_w8a16(directory):
+def test_w8a8_costs_little_and_without_kernels_decodes_as_w8a16(directory):
     tokens = prompt(100)
     expected = KoGPT.from_pretrained(directory, dtype="fp32").logits(tokens)
     errors = {}

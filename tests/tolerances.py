@@ -79,6 +79,12 @@ STEP_OF_KERNELS = {
     "fp16": Tolerance(1e-2, "a few layers, each of whose outputs may round to the next of 11 bits."),
     "bf16": Tolerance(6e-2, "likewise of 8 bits."),
 }
+STEP_OF_INT8_KERNELS = Tolerance(
+    5e-2,
+    "kernels for sm_90a that round the inputs of the products to 8 bits, by up to 1/254 of the largest in a row or in "
+    "256 of its columns, against what does not: that rounding in jax.numpy changed what is behind three layers by "
+    "0.012 to 0.025, on five sets of weights.",
+)
 LOGPROBS_OF_STEPS = Tolerance(
     1e-5, "the same logits in f32, their exponentials summed in another order; its row is what the steps have emitted."
 )
@@ -107,8 +113,8 @@ MODULE = {
 }
 LAST_LAYER_W8A8 = Tolerance(
     0.02,
-    "the last layer of a prefill multiplies the rows' last tokens as a decode step does, which does not round them to "
-    "INT8: half a step of 1/127 of the largest value a product, over sums of many",
+    "the last layer of a prefill multiplies the rows' last tokens as a decode step does, which on a CPU does not round "
+    "them to INT8: half a step of 1/127 of the largest value a product, over sums of many",
 )
 ATTENTION_FP32_ON_GPU = Tolerance(
     4e-6,

@@ -56,12 +56,18 @@ const char* CheckLinear(const LinearParams& params) {
        params.y_dtype != DataType::kFloat32 || params.done_mark != 0)) {
     return "parts belong to a product with neither bias, residual, GELU nor mark, with y in f32";
   }
+  if (params.next != nullptr &&
+      (is_int8 || num_gelu > 0 || params.y_dtype != DataType::kFloat32 || params.h == nullptr)) {
+    return "a LayerNorm behind a product takes a 16-bit weight, no GELU, y in f32 and h";
+  }
+  if (params.has_h && params.h == nullptr) return "h must be there with has_h";
   if (params.done_mark < 0 || params.awaited_mark < 0) return "marks must not be negative";
-  if (params.done_mark != 0 && is_int8) return "a product with an INT8 weight tells no mark";
   if (params.awaited_mark != 0) {
-    if (is_int8 || has_layer_norm || params.k_multiplier != nullptr) {
-      return "early columns belong to an x that is multiplied as it lies, with a weight of its "
-             "type";
+    if (has_layer_norm || params.k_multiplier != nullptr) {
+      return "early columns belong to an x that neither LayerNorm nor a multiplier changes";
+    }
+    if (is_int8 && params.has_h && params.rows <= kLinearMaxRowsRounded) {
+      return "a product of so few rows that awaits a mark rounds its x itself";
     }
     if (params.early_from < 0 || params.early_from > params.k_dim) {
       return "early columns must begin in [0, K]";
@@ -98,6 +104,13 @@ const char* CheckDecodeAttention(const DecodeAttentionParams& params) {
   }
   if (params.rotary_dim > 0 && (params.cos == nullptr || params.sin == nullptr)) {
     return "cos and sin must be there when rotary_dim is not 0";
+  }
+  const RoundedAct& rounded = params.rounded;
+  if (rounded.num_digits < 0 || rounded.num_digits > 2) return "integers have one or two digits";
+  if (rounded.num_digits != 0 && (params.head_dim != 256 || params.act_dim % 8 != 0 ||
+                                  rounded.digits == nullptr || rounded.scales == nullptr)) {
+    return "act becomes integers with a head_dim of 256 and rows of a multiple of 8, where there "
+           "are places for them and their scales";
   }
   return nullptr;
 }

@@ -69,6 +69,24 @@ __device__ __forceinline__ uint4 LoadShared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void StoreShared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ void StoreShared(uint32_t address, uint2 value) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(address), "r"(value.x), "r"(value.y)
+               : "memory");
+}
+__device__ __forceinline__ void StoreShared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 // Barriers in shared memory and the tensor copies that complete on them (PTX ISA, mbarrier and
 // cp.async.bulk.tensor).
@@ -136,6 +154,16 @@ __device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap& map,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(shared),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same of a three-dimensional one, from the beginning of its third dimension on.
+__device__ __forceinline__ void CopyBox3(uint32_t shared, const CUtensorMap& map, int column,
+                                         int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];\n" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(0), "r"(barrier)
       : "memory");
 }
 
@@ -457,10 +485,13 @@ cudaError_t Launch(const KernelTraits& traits, dim3 grid, int threads, int share
   return cudaLaunchKernelEx(&config, kKernel, args);
 }
 
-// Describes a row-major array [rows, columns] of 1- or 2-byte values to the tensor copies, in boxes
-// of `box_rows` rows, whose pieces lie as `PieceOffset` says. Returns null or a message.
-inline const char* DescribeBoxes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
-                                 int value_bytes, int box_rows) {
+// Describes an array of 1- or 2-byte values to the tensor copies, whose boxes have 128 bytes along the
+// first dimension, as pieces that lie as `PieceOffset` says. Sizes from the one that runs fastest on;
+// strides in bytes, of all but that. Returns null or a message.
+template <int kRank>
+const char* DescribeTensor(CUtensorMap* map, const void* data, int value_bytes,
+                           const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
+                           const cuuint32_t (&box)[kRank]) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -472,17 +503,23 @@ inline const char* DescribeBoxes(CUtensorMap* map, const void* data, int64_t row
                : nullptr;
   }();
   if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns * value_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kBoxRowBytes / value_bytes),
-                             static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t element_strides[2] = {1, 1};
+  cuuint32_t element_strides[kRank];
+  for (cuuint32_t& stride : element_strides) stride = 1;
   const CUresult result =
       encode(map, value_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
-             2, const_cast<void*>(data), sizes, strides, box, element_strides,
+             kRank, const_cast<void*>(data), sizes, strides, box, element_strides,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled failed";
+}
+
+// A row-major array [rows, columns], in boxes of `box_rows` rows.
+inline const char* DescribeBoxes(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
+                                 int value_bytes, int box_rows) {
+  return DescribeTensor<2>(
+      map, data, value_bytes, {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+      {static_cast<cuuint64_t>(columns * value_bytes)},
+      {static_cast<cuuint32_t>(kBoxRowBytes / value_bytes), static_cast<cuuint32_t>(box_rows)});
 }
 
 }  // namespace kogpt

@@ -45,7 +45,8 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kManyRegisters = 128;
 constexpr int kFewRegisters = 112;
 
-template <typename T, int kHeadDim, int kRegisters>
+// `kDigits`: of act's integers, or 0.
+template <typename T, int kHeadDim, int kRegisters, int kDigits>
 __global__ void __maxnreg__(kRegisters)
     DecodeAttentionKernel(const __grid_constant__ DecodeAttentionArgs args) {
   constexpr int kLanesPerKey = kHeadDim / 8;
@@ -65,7 +66,6 @@ __global__ void __maxnreg__(kRegisters)
   const int head = blockIdx.y % args.num_heads;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  T* out = static_cast<T*>(args.act) + static_cast<int64_t>(row) * args.act_dim + head * kHeadDim;
   // This lane's dimensions of every key that it meets, and the key within a load.
   const int dim = lane * 8 % kHeadDim;
   const int lane_key = lane / kLanesPerKey;
@@ -109,8 +109,12 @@ __global__ void __maxnreg__(kRegisters)
   const uint4 q_bits = __ldcg(reinterpret_cast<const uint4*>(qkv));
   const Rotation rotation(args, row, dim);
 
+  if constexpr (kDigits > 0) args.RoundShare<T, kDigits>();
+
+  const int own_dim = threadIdx.x < kHeadDim ? threadIdx.x : kHeadDim;
   if (position < 0) {
-    if (blockIdx.x == 0 && threadIdx.x < kHeadDim) out[threadIdx.x] = FromFloat<T>(0.0f);
+    constexpr float kZero[1] = {0.0f};
+    if (blockIdx.x == 0) StoreHead<T, kHeadDim, kDigits>(args, row, head, own_dim, kZero);
     return;
   }
   const int num_splits = position / kSplitKeys + 1;
@@ -122,7 +126,7 @@ __global__ void __maxnreg__(kRegisters)
   for (int i = 0; i < 8; ++i) q[i] *= args.log2_scale;
 
   HeadSum<kHeadDim, 1> total(args, static_cast<int64_t>(row) * args.num_heads + head, num_splits,
-                             threadIdx.x < kHeadDim ? threadIdx.x : kHeadDim, cluster_parts);
+                             own_dim, cluster_parts);
   for (int split = blockIdx.x; split < num_splits; split += gridDim.x) {
     const int first_key = split * kSplitKeys + warp * kWarpKeys;
     if (first_key <= position && position < first_key + kWarpKeys) {
@@ -209,7 +213,7 @@ __global__ void __maxnreg__(kRegisters)
     }
     total.Add(split, part);
   }
-  total.Write(out);
+  total.template Write<T, kDigits>(args, row, head);
 }
 
 int64_t SplitsOf(const DecodeAttentionParams& params) {
@@ -266,6 +270,12 @@ const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int s
                         splits * args.batch_heads <= kMaxClusterBlocks * traits.num_multiprocessors;
   args.is_cluster = traits.is_hopper && splits > 1 && splits <= kMaxClusterSize && is_short;
   args.prefetch_cache = params.prefetch_cache;
+  args.rounded = {params.act,
+                  params.rounded.k_multiplier,
+                  params.rounded.digits,
+                  params.rounded.scales,
+                  static_cast<int>(params.batch),
+                  args.act_dim};
   const dim3 grid(
       static_cast<unsigned>(splits),
       static_cast<unsigned>((args.batch_heads + heads_per_block - 1) / heads_per_block));
@@ -277,16 +287,25 @@ const char* LaunchKernel(const DecodeAttentionParams& params, int threads, int s
                : Launch<kKernel>(traits, grid, threads, shared_bytes, stream, args, cluster_size));
 }
 
-template <typename T, int kHeadDim>
-const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t stream) {
+template <typename T, int kHeadDim, int kDigits>
+const char* LaunchForDigits(const DecodeAttentionParams& params, cudaStream_t stream) {
   return params.k_scales != nullptr
-             ? LaunchKernel<DecodeAttentionInt8Kernel<T, kHeadDim>,
-                            DecodeAttentionInt8Kernel<T, kHeadDim>, kHeadDim>(
+             ? LaunchKernel<DecodeAttentionInt8Kernel<T, kHeadDim, kDigits>,
+                            DecodeAttentionInt8Kernel<T, kHeadDim, kDigits>, kHeadDim>(
                    params, int8::kThreads, 3 * int8::Tile<kHeadDim>::kBytes,
                    int8::kBlocksPerMultiprocessor, true, stream)
-             : LaunchKernel<DecodeAttentionKernel<T, kHeadDim, kManyRegisters>,
-                            DecodeAttentionKernel<T, kHeadDim, kFewRegisters>, kHeadDim>(
+             : LaunchKernel<DecodeAttentionKernel<T, kHeadDim, kManyRegisters, kDigits>,
+                            DecodeAttentionKernel<T, kHeadDim, kFewRegisters, kDigits>, kHeadDim>(
                    params, kThreads, 0, kBlocksPerMultiprocessor, false, stream);
+}
+
+template <typename T, int kHeadDim>
+const char* LaunchForHeadDim(const DecodeAttentionParams& params, cudaStream_t stream) {
+  if constexpr (kHeadDim == kDigitGroup) {
+    if (params.rounded.num_digits == 1) return LaunchForDigits<T, kHeadDim, 1>(params, stream);
+    if (params.rounded.num_digits == 2) return LaunchForDigits<T, kHeadDim, 2>(params, stream);
+  }
+  return LaunchForDigits<T, kHeadDim, 0>(params, stream);
 }
 
 template <typename T>

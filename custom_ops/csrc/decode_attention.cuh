@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda_common.cuh"
+#include "digits.cuh"
 
 namespace kogpt {
 
@@ -34,7 +35,8 @@ struct DecodeAttentionArgs {
   int act_dim;
   bool is_cluster;  // the blocks of a head are one
   bool prefetch_cache;
-  float log2_scale;  // log2(e) / sqrt(head_dim)
+  float log2_scale;         // log2(e) / sqrt(head_dim)
+  RoundGroupsArgs rounded;  // act
 
   // Where the token with this position in a row lies in the pool: tokens of heads ahead of it.
   __device__ __forceinline__ int64_t SlotOf(int row, int head, int position) const {
@@ -49,7 +51,65 @@ struct DecodeAttentionArgs {
     const int last = max_pages * page_len - 1;
     return __ldcg(num_new + row) > 0 ? min(__ldcg(lengths + row), last) : -1;
   }
+
+  // This warp's share of rounding the columns behind attention's, while the keys are on their way.
+  template <typename T, int kDigits>
+  __device__ __forceinline__ void RoundShare() const {
+    const int warps = blockDim.x / kWarpSize;
+    const int blocks = gridDim.x * gridDim.y;
+    const int end = (static_cast<int>(NumDigitGroups(act_dim)) + 1 - num_heads) * rounded.rows;
+    int task = (blockIdx.y * gridDim.x + blockIdx.x) * warps + threadIdx.x / kWarpSize;
+#pragma unroll 1
+    for (; task < end; task += blocks * warps) {
+      rounded.Round<T, kDigits>(task % rounded.rows, num_heads + task / rounded.rows);
+    }
+  }
 };
+
+// Writes a head's result, of which each of the block's threads has kDims neighbouring values from `dim` on.
+template <typename T, int kHeadDim, int kDigits, int kDims>
+__device__ __forceinline__ void StoreHead(const DecodeAttentionArgs& args, int row, int head,
+                                          int dim, const float (&values)[kDims]) {
+  const int column = head * kHeadDim + dim;
+  if constexpr (kDigits == 0) {
+    if (dim >= kHeadDim) return;
+    T* const out = static_cast<T*>(args.act) + static_cast<int64_t>(row) * args.act_dim + column;
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) out[i] = FromFloat<T>(values[i]);
+  } else {
+    static_assert(kHeadDim == kDigitGroup);
+    __shared__ uint32_t largest_of[kDigitGroup / kWarpSize];
+    float rounded[kDims];
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) {
+      rounded[i] = ToFloat(FromFloat<T>(values[i]));
+      if (args.rounded.k_multiplier != nullptr) {
+        rounded[i] *= __ldcg(args.rounded.k_multiplier + column + i);
+      }
+      bits = max(bits, __float_as_uint(fabsf(rounded[i])));
+    }
+    bits = __reduce_max_sync(0xffffffffu, bits);
+    if (threadIdx.x % kWarpSize == 0) largest_of[threadIdx.x / kWarpSize] = bits;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < kDigitGroup / kDims / kWarpSize; ++warp) {
+      bits = max(bits, largest_of[warp]);
+    }
+    const GroupScale<kDigits> scale(__uint_as_float(bits));
+    int8_t* const to = static_cast<int8_t*>(args.rounded.digits) +
+                       static_cast<int64_t>(row) * kDigits * args.act_dim + column;
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) {
+      const int integer = __float2int_rn(rounded[i] * scale.inverse);
+      if constexpr (kDigits == 2) to[i] = static_cast<int8_t>((integer + 128) >> 8);
+      to[(kDigits - 1) * args.act_dim + i] = static_cast<int8_t>(integer);
+    }
+    if (threadIdx.x == 0) {
+      __stcg(args.rounded.scales + head * PaddedRows(args.rounded.rows) + row, scale.scale);
+    }
+  }
+}
 
 // Part of a softmax-weighted sum: exp2 of the scores less their maximum, summed, and times the
 // values, of which a thread has kDims.
@@ -127,8 +187,9 @@ class HeadSum {
 
   // Once the block has added its splits: writes the head's result where this thread and block have
   // it, or zeros. All of a block's threads call it.
-  template <typename T>
-  __device__ __forceinline__ void Write(T* out, bool has_keys = true) {
+  template <typename T, int kDigits>
+  __device__ __forceinline__ void Write(const DecodeAttentionArgs& args, int row, int head,
+                                        bool has_keys = true) {
 #if __CUDA_ARCH__ >= 900
     if (!is_alone_ && is_cluster_) {
       ClusterArrive();
@@ -155,9 +216,9 @@ class HeadSum {
         __threadfence();
       }
       __syncthreads();
-      if (!is_last || dim_ >= kHeadDim) return;
+      if (!is_last) return;
       constexpr int kGroup = 8;  // partial results that are read together
-      for (int first = 0; first < num_splits_; first += kGroup) {
+      for (int first = 0; first < num_splits_ && dim_ < kHeadDim; first += kGroup) {
         Softmax<kDims> parts[kGroup];
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
@@ -174,11 +235,10 @@ class HeadSum {
         }
       }
     }
-    if (dim_ >= kHeadDim) return;
+    float values[kDims];
 #pragma unroll
-    for (int i = 0; i < kDims; ++i) {
-      out[dim_ + i] = FromFloat<T>(has_keys ? total_.output[i] / total_.sum : 0.0f);
-    }
+    for (int i = 0; i < kDims; ++i) values[i] = has_keys ? total_.output[i] / total_.sum : 0.0f;
+    StoreHead<T, kHeadDim, kDigits>(args, row, head, dim_, values);
   }
 
  private:

@@ -21,6 +21,15 @@ namespace kogpt {
 // INT8 pages hold k and v as integers in [-127, 127] with an f32 scale a token and head, max |.| / 127
 // of the head (1 for zeros), and k_j and v_j are integer times scale, those of the new token too.
 // A row with num_new[b] = 0 leaves the cache as it is and gets zeros.
+//
+// With `rounded` act becomes integers for a product with an INT8 weight.
+struct RoundedAct {
+  int num_digits;             // 1: of 8 bits, 2: of 16
+  const float* k_multiplier;  // [act_dim], or null: what act's columns are multiplied by first
+  void* digits;               // as `linear` has them in its `h`
+  float* scales;              // and at the beginning of its `partials`
+};
+
 struct DecodeAttentionParams {
   int64_t batch;
   int64_t num_heads;
@@ -53,6 +62,9 @@ struct DecodeAttentionParams {
   bool prefetch_cache;
   // CUDA: the next kernel, a product, begins before this one ends if its blocks find room.
   bool leaves_room;
+  // CUDA, with a head_dim of 256: all columns of act, those behind attention's, which the kernel ahead has
+  // written, with them, are rounded; attention's own are not written into act then. No digits: none is.
+  RoundedAct rounded;
 };
 
 // Returns null, or what is wrong with the parameters.

@@ -101,7 +101,7 @@ struct Tile {
 
 }  // namespace int8
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kDigits>
 __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor)
     DecodeAttentionInt8Kernel(const __grid_constant__ DecodeAttentionArgs args) {
   using namespace int8;
@@ -205,6 +205,7 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
       load_first(next_position);
     }
   }
+  if constexpr (kDigits > 0) args.RoundShare<T, kDigits>();
   int number = 0;  // of the split among the block's
   for (int head = blockIdx.y; head < args.batch_heads; head += gridDim.y) {
     const int row = head / args.num_heads;
@@ -393,9 +394,7 @@ __global__ void __launch_bounds__(int8::kThreads, int8::kBlocksPerMultiprocessor
       total.Add(split, part);
     }
     if (has_next_head) next_token = load_new(next_head);
-    T* const out = static_cast<T*>(args.act) + static_cast<int64_t>(row) * args.act_dim +
-                   head % args.num_heads * kHeadDim;
-    total.Write(out, position >= 0);
+    total.template Write<T, kDigits>(args, row, head % args.num_heads, position >= 0);
   }
 }
 

@@ -18,6 +18,7 @@ LinearParams Product(const DecodeLayersParams& params) {
   linear.weight_dtype = params.weight_dtype;
   linear.y_dtype = DataType::kFloat32;
   linear.epsilon = params.epsilon;
+  linear.int8_activations = params.int8_activations;
   linear.h = params.h;
   linear.partials = params.linear_partials;
   linear.partials_bytes = params.linear_partials_bytes;
@@ -31,7 +32,8 @@ struct Norm {
   const void* bias;
 };
 
-// The residual stream, and whether its LayerNorm for the product that follows is in `h` already.
+// The residual stream, and whether its LayerNorm for the product that follows is in `h` already, as that
+// product takes it.
 struct Stream {
   const float* x;
   bool has_h;
@@ -42,16 +44,18 @@ LinearParams ProductOfStream(const DecodeLayersParams& params, const Stream& str
                              const Norm& norm) {
   LinearParams linear = Product(params);
   linear.k_dim = params.model_dim;
-  if (!stream.has_h) {
-    linear.x_dtype = DataType::kFloat32;
-    linear.x = stream.x;
-    linear.ln_scale = norm.scale;
-    linear.ln_bias = norm.bias;
-    return linear;
-  }
-  linear.x = params.h;
-  linear.x_dtype = params.dtype;
+  linear.x_dtype = DataType::kFloat32;
+  linear.x = stream.x;
+  linear.ln_scale = norm.scale;
+  linear.ln_bias = norm.bias;
+  linear.has_h = stream.has_h;
   return linear;
+}
+
+// Whether attention rounds w_out's input to integers, in place of a kernel behind it.
+bool AttentionRounds(const DecodeLayersParams& params, const DecodeOps& ops) {
+  return ops.has_integers && params.weight_dtype == DataType::kInt8 && params.head_dim == 256 &&
+         params.rows > kLinearMaxRowsRounded;
 }
 
 // Whether the sum over the ranks makes the LayerNorm behind it, too: one kernel less on the way from one
@@ -67,9 +71,11 @@ const char* RunLayer(const DecodeLayersParams& params, const DecodeLayer& layer,
                      const Norm* next, float* y, Stream* stream, const DecodeOps& ops) {
   const int64_t attention_dim = params.num_heads * params.head_dim;
   const int64_t act_dim = attention_dim + params.ffn_dim;
-  // w_out begins with GELU's columns while attention still fills its own, but not where a kernel of
-  // its own first rounds or multiplies all of its input.
-  const bool is_early = params.weight_dtype != DataType::kInt8 && layer.k_multiplier == nullptr;
+  // w_out begins with GELU's columns, while attention still fills its own where no kernel of its own
+  // first rounds or multiplies all of w_out's input.
+  const bool has_early = layer.k_multiplier == nullptr;
+  const bool is_early = has_early && (params.weight_dtype != DataType::kInt8 ||
+                                      (ops.has_integers && params.rows <= kLinearMaxRowsRounded));
 
   const float* const x = stream->x;
   LinearParams w_in = ProductOfStream(params, *stream, {layer.ln_scale, layer.ln_bias});
@@ -83,7 +89,7 @@ const char* RunLayer(const DecodeLayersParams& params, const DecodeLayer& layer,
   w_in.bias = layer.b_ffn_in;
   w_in.y = params.qkv;
   w_in.act = params.act;
-  w_in.done_mark = is_early ? number : 0;
+  w_in.done_mark = has_early ? number : 0;
   if (const char* message = Linear(w_in, ops)) return message;
 
   DecodeAttentionParams attention = {};
@@ -112,6 +118,11 @@ const char* RunLayer(const DecodeLayersParams& params, const DecodeLayer& layer,
   attention.semaphores = params.semaphores;
   attention.prefetch_cache = params.prefetch_weights;
   attention.leaves_room = is_early;
+  const bool attention_rounds = AttentionRounds(params, ops);
+  if (attention_rounds) {
+    attention.rounded = {params.int8_activations ? 1 : 2, layer.k_multiplier, params.h,
+                         params.linear_partials};
+  }
   if (const char* message = CheckDecodeAttention(attention)) return message;
   if (const char* message = ops.attention(attention)) return message;
 
@@ -123,7 +134,8 @@ const char* RunLayer(const DecodeLayersParams& params, const DecodeLayer& layer,
   w_out.weight = layer.w_out;
   w_out.weight_scale = layer.w_out_scale;
   w_out.k_multiplier = layer.k_multiplier;
-  if (is_early) {
+  w_out.has_h = attention_rounds;
+  if (has_early) {
     w_out.awaited_mark = number;
     w_out.early_from = attention_dim;
   }
@@ -131,7 +143,14 @@ const char* RunLayer(const DecodeLayersParams& params, const DecodeLayer& layer,
     w_out.bias = layer.b_ffn_out;
     w_out.residual = x;
     w_out.y = y;
-    return Linear(w_out, ops);
+    LinearNext made = {};
+    if (next != nullptr && params.weight_dtype != DataType::kInt8) {
+      made = {next->scale, next->bias, false};
+      w_out.next = &made;
+    }
+    const char* message = Linear(w_out, ops);
+    stream->has_h = made.is_made;
+    return message;
   }
   AllReduceParams sum = {};
   w_out.y = params.part;
@@ -179,6 +198,7 @@ const char* RunDecodeLayers(const DecodeLayersParams& params, const DecodeOps& o
   if (!has_head) return nullptr;
   LinearParams head = ProductOfStream(params, stream, last_norm);
   head.num_outputs = head.gelu_from = params.vocab_size;
+  head.int8_activations = false;  // few of a step's products, and those nearest to its token
   head.weight = params.lm_head;
   head.weight_scale = params.lm_head_scale;
   head.bias = params.lm_head_bias;

@@ -54,6 +54,7 @@ struct DecodeLayersParams {
   DataType weight_dtype;  // dtype or kInt8
   float epsilon;
   bool prefetch_weights;  // as LinearParams has it, and the page table and pages likewise
+  bool int8_activations;  // as LinearParams has it
 
   const DecodeLayer* layers;
   int64_t num_layers;
@@ -96,6 +97,8 @@ struct DecodeLayersParams {
 
 // What runs the ops; each returns null or a message of static lifetime.
 struct DecodeOps {
+  // Whether linear and attention are the kernels for sm_90a, which take activations as integers.
+  bool has_integers;
   std::function<const char*(const LinearParams&)> linear;
   std::function<const char*(const DecodeAttentionParams&)> attention;
   std::function<const char*(const AllReduceParams&)> all_reduce;

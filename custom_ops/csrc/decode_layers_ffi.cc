@@ -210,6 +210,7 @@ ffi::Error TakeDecodeLayers(const ffi::RemainingArgs& args, const ffi::Remaining
   params->weight_dtype = *ToDataType(weight_dtype);
   params->epsilon = attrs.epsilon;
   params->prefetch_weights = attrs.prefetch_weights;
+  params->int8_activations = attrs.int8_activations;
   params->layers = layers->data();
   params->num_layers = static_cast<int64_t>(layers->size());
   params->page_table = DataOrNull<const int32_t>(page_table);
@@ -248,7 +249,8 @@ ffi::Error TakeDecodeLayers(const ffi::RemainingArgs& args, const ffi::Remaining
 #ifdef KOGPT_CUDA
 
 DecodeOps DecodeOpsOn(void* stream) {
-  return {[stream](const LinearParams& linear) -> const char* {
+  return {LinearHasIntegers(),
+          [stream](const LinearParams& linear) -> const char* {
             if (linear.partials_bytes < LinearPartialsBytes(linear.rows)) {
               return "result linear_partials is too small";
             }
@@ -266,7 +268,8 @@ DecodeOps DecodeOpsOn(void* stream) {
 #else
 
 DecodeOps DecodeOpsOn(const ParallelFor& parallel_for) {
-  return {[&parallel_for](const LinearParams& linear) -> const char* {
+  return {false,
+          [&parallel_for](const LinearParams& linear) -> const char* {
             LinearCpu(linear, parallel_for);
             return nullptr;
           },
@@ -283,8 +286,9 @@ namespace {
 
 ffi::Error DecodeLayersImpl(Executor executor, Buffer x, Buffer cos, Buffer sin, Buffer lengths,
                             Buffer num_new, ffi::RemainingArgs args, ffi::RemainingRets results,
-                            float epsilon, bool prefetch_weights, ffi::Span<const int64_t> devices,
-                            int64_t group_size, int64_t timeout_ms) {
+                            float epsilon, bool prefetch_weights, bool int8_activations,
+                            ffi::Span<const int64_t> devices, int64_t group_size,
+                            int64_t timeout_ms) {
   Checks check("kogpt_decode_layers");
   check.Rank("x", x, 2);
   check.Rank("cos", cos, 2);
@@ -303,7 +307,8 @@ ffi::Error DecodeLayersImpl(Executor executor, Buffer x, Buffer cos, Buffer sin,
 
   DecodeLayersParams params;
   std::vector<DecodeLayer> layers;
-  const DecodeLayersAttrs attrs = {epsilon, prefetch_weights, devices, group_size, timeout_ms};
+  const DecodeLayersAttrs attrs = {epsilon, prefetch_weights, int8_activations,
+                                   devices, group_size,       timeout_ms};
   if (ffi::Error error = TakeDecodeLayers(args, results, sizes, attrs, &check, &params, &layers);
       error.failure()) {
     return error;
@@ -342,6 +347,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeLayers, kogpt::DecodeLayersImpl,
                                   .RemainingRets()
                                   .Attr<float>("epsilon")
                                   .Attr<bool>("prefetch_weights")
+                                  .Attr<bool>("int8_activations")
                                   .Attr<xla::ffi::Span<const int64_t>>("devices")
                                   .Attr<int64_t>("group_size")
                                   .Attr<int64_t>("timeout_ms"),

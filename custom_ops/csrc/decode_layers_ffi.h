@@ -14,6 +14,7 @@ namespace kogpt {
 struct DecodeLayersAttrs {
   float epsilon;
   bool prefetch_weights;
+  bool int8_activations;
   ffi::Span<const int64_t> devices;  // groups of `group_size`
   int64_t group_size;
   int64_t timeout_ms;

@@ -3,7 +3,8 @@
 //   decode_steps_driver [DEVICE ...] [key=value ...]   default: device 0
 //
 // A rank for each device; ranks that share one are for the sanitizer. Keys: rows, context, capacity, layers, model_dim, heads, head_dim, ffn_dim, vocab of the whole model
-// (KoGPT 6B's), weight (bf16, int8), cache (bf16, int8), steps (of a call; 0: a call is the layers of a
+// (KoGPT 6B's), weight (bf16, int8), activations (bf16, int8: those that meet an INT8 weight), cache
+// (bf16, int8), steps (of a call; 0: a call is the layers of a
 // step, and its logits), calls (of a run). A call is one CUDA graph, as the FFI handlers have it. Prints
 // the median of nine runs, and at what rate a device reads what it must.
 #include <cuda_runtime.h>
@@ -55,6 +56,7 @@ struct Model {
                                           {"head_dim", 256}, {"ffn_dim", 16384},  {"vocab", 64512},
                                           {"steps", 8},      {"calls", 8}};
   bool is_int8 = false;
+  bool has_int8_activations = false;
   bool is_int8_cache = false;
 
   int64_t operator[](const char* name) const { return sizes.at(name); }
@@ -63,6 +65,8 @@ struct Model {
     const bool is_type = value == "bf16" || value == "int8";
     if (key == "weight" && is_type) {
       is_int8 = value == "int8";
+    } else if (key == "activations" && is_type) {
+      has_int8_activations = value == "int8";
     } else if (key == "cache" && is_type) {
       is_int8_cache = value == "int8";
     } else if (sizes.count(key) != 0 && std::atoll(value.c_str()) >= (key == "steps" ? 0 : 1)) {
@@ -98,6 +102,7 @@ class Shard {
     params.weight_dtype = model.is_int8 ? DataType::kInt8 : DataType::kBfloat16;
     params.epsilon = 1e-5f;
     params.prefetch_weights = true;
+    params.int8_activations = model.has_int8_activations;
     const int64_t attention_dim = params.num_heads * params.head_dim;
     const int64_t act_dim = attention_dim + params.ffn_dim;
     const int64_t in_dim = 3 * attention_dim + params.ffn_dim;
@@ -216,6 +221,7 @@ class Shard {
     const std::string key = num_steps_ == 0 ? KeyOf(params_.layers) : KeyOf(params_);
     Require(EnqueueAsGraph(key, stream_, [&](void* stream) {
       const DecodeOps ops = {
+          LinearHasIntegers(),
           [=](const LinearParams& linear) { return LaunchLinear(linear, stream); },
           [=](const DecodeAttentionParams& attention) {
             return LaunchDecodeAttention(attention, stream);
@@ -300,11 +306,12 @@ int Main(int argc, char** argv) {
   std::sort(times.begin(), times.end());
   const double ms = times[times.size() / 2];
   std::printf(
-      "%d devices, %lld steps a call, rows %lld, context %lld, %s weights, %s cache: "
+      "%d devices, %lld steps a call, rows %lld, context %lld, %s weights, %s%s cache: "
       "%.1f us a step, %.3f TB/s\n",
       num_ranks, static_cast<long long>(model["steps"]), static_cast<long long>(model["rows"]),
       static_cast<long long>(model["context"]), model.is_int8 ? "int8" : "bf16",
-      model.is_int8_cache ? "int8" : "bf16", 1e3 * ms, shards[0].bytes() / ms / 1e9);
+      model.has_int8_activations ? "int8 activations, " : "", model.is_int8_cache ? "int8" : "bf16",
+      1e3 * ms, shards[0].bytes() / ms / 1e9);
   return 0;
 }
 

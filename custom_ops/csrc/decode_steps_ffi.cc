@@ -24,8 +24,9 @@ ffi::Error DecodeStepsImpl(Executor executor, Buffer tokens, Buffer lengths, Buf
                            ResultBuffer cos, ResultBuffer sin, ResultBuffer num_new,
                            ResultBuffer candidates, ffi::RemainingRets results, int64_t vocab_size,
                            ffi::Span<const int64_t> eos_token_ids, float epsilon,
-                           bool prefetch_weights, ffi::Span<const int64_t> devices,
-                           int64_t group_size, int64_t timeout_ms) {
+                           bool prefetch_weights, bool int8_activations,
+                           ffi::Span<const int64_t> devices, int64_t group_size,
+                           int64_t timeout_ms) {
   Checks check("kogpt_decode_steps");
   check.Rank("tokens", tokens, 1);
   check.Rank("embedding", embedding, 2);
@@ -73,7 +74,8 @@ ffi::Error DecodeStepsImpl(Executor executor, Buffer tokens, Buffer lengths, Buf
 
   DecodeStepsParams params;
   std::vector<DecodeLayer> layers;
-  const DecodeLayersAttrs attrs = {epsilon, prefetch_weights, devices, group_size, timeout_ms};
+  const DecodeLayersAttrs attrs = {epsilon, prefetch_weights, int8_activations,
+                                   devices, group_size,       timeout_ms};
   if (ffi::Error error = TakeDecodeLayers(args, results, {rows, model_dim, half_rotary_dim}, attrs,
                                           &check, &params.layers, &layers);
       error.failure()) {
@@ -194,6 +196,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeSteps, kogpt::DecodeStepsImpl,
                                   .Attr<xla::ffi::Span<const int64_t>>("eos_token_ids")
                                   .Attr<float>("epsilon")
                                   .Attr<bool>("prefetch_weights")
+                                  .Attr<bool>("int8_activations")
                                   .Attr<xla::ffi::Span<const int64_t>>("devices")
                                   .Attr<int64_t>("group_size")
                                   .Attr<int64_t>("timeout_ms"),

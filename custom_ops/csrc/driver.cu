@@ -241,6 +241,7 @@ double CheckLinearCase(Case options) {
   const DataType y_type = TypeNamed(options.Text("y", "f32"));
   params.y_dtype = has_residual ? DataType::kFloat32 : y_type;
   params.epsilon = 1e-5f;
+  params.int8_activations = options.Int("int8_activations", 0) != 0;
   options.RequireAllUsed();
 
   const int64_t rows = params.rows, m_dim = params.num_outputs, k_dim = params.k_dim;
@@ -536,8 +537,9 @@ int Check(const std::string& path) {
     Options parsed = ParseOptions(words);
     const bool is_half = parsed["dtype"] == "fp16";
     if (parsed["dtype"] == "fp32") continue;  // for the Host alone
-    // Half an ulp of the results and of what is rounded on the way.
-    const double bound = is_half ? 0.002 : 0.012;
+    const bool has_bytes = parsed.count("int8_activations") > 0;
+    // Half an ulp of the results and of what is rounded on the way: 8 bits of the largest of a row.
+    const double bound = (is_half ? 0.002 : 0.012) + (has_bytes ? 0.04 : 0.0);
     const auto report = [&](double error, const char* what) {
       std::printf("%-10.3g %s%s\n", error, line.c_str(), what);
       std::fflush(stdout);
@@ -737,6 +739,7 @@ int Time(Case options, bool is_token) {
                 attention_dim = heads * head_dim;
   const std::string weight_name = options.Text("weight", "bf16");
   const std::string cache_name = options.Text("cache", "bf16");
+  const bool int8_activations = options.Int("int8_activations", 0) != 0;
   const bool use_graph = options.Int("graph", 1) != 0;
   const bool prefetch = options.Int("prefetch", 1) != 0;
   const bool has_marks = options.Int("marks", 1) != 0;
@@ -769,6 +772,7 @@ int Time(Case options, bool is_token) {
   base.dtype = DataType::kBfloat16;
   base.weight_dtype = weight_type;
   base.epsilon = 1e-5f;
+  base.int8_activations = int8_activations;
   if (is_int8) base.weight_scale = scale;
   base.bias = small;
   base.h = h;
@@ -779,7 +783,7 @@ int Time(Case options, bool is_token) {
 
   // As the model has them; single ops run one after another.
   const auto mark_of = [&](int64_t layer) {
-    return is_token && !is_int8 && has_marks ? static_cast<int32_t>(layer + 1) : 0;
+    return is_token && has_marks ? static_cast<int32_t>(layer + 1) : 0;
   };
   const auto run_in = [&](int64_t layer) {
     LinearParams params = base;
@@ -797,8 +801,9 @@ int Time(Case options, bool is_token) {
     params.done_mark = mark_of(layer);
     Require(LaunchLinear(params, stream));
   };
-  AttentionLayers attention(layers, rows, context, capacity, heads, head_dim, cache_is_int8,
-                            prefetch, is_token && !is_int8 && has_marks, qkv, act, out_k);
+  AttentionLayers attention(
+      layers, rows, context, capacity, heads, head_dim, cache_is_int8, prefetch,
+      is_token && has_marks && (!is_int8 || rows <= kLinearMaxRowsRounded), qkv, act, out_k);
   const auto run_attention = [&](int64_t layer) { attention.Run(layer, stream); };
   const auto run_out = [&](int64_t layer) {
     LinearParams params = base;
@@ -822,6 +827,7 @@ int Time(Case options, bool is_token) {
     params.x = x[layers % 2];
     params.weight = lm_head;
     params.ln_scale = params.ln_bias = small;
+    params.int8_activations = false;
     params.y = logits;
     Require(LaunchLinear(params, stream));
   };

@@ -22,8 +22,8 @@ const char* LaunchForRows(const LinearParams& params, cudaStream_t stream) {
   if (traits.error != cudaSuccess) return MessageOf(traits.error);
   if (HasWgmma(traits)) return LaunchHopper<T, Weight>(params, traits.num_multiprocessors, stream);
   const void* x = params.x;
-  if (params.ln_scale != nullptr || params.k_multiplier != nullptr) {
-    if (const char* error = LaunchPrepare<T>(params, nullptr, 1, stream)) return error;
+  if (params.has_h || params.ln_scale != nullptr || params.k_multiplier != nullptr) {
+    if (const char* error = Prepare<T, 0>(params, nullptr, stream)) return error;
     x = params.h;
   }
   return LaunchPortable<T, Weight, kRowTiles>(params, x, traits, stream);
@@ -48,7 +48,12 @@ const char* LaunchForType(const LinearParams& params, cudaStream_t stream) {
 int64_t LinearPartialsBytes(int64_t rows) {
   const int64_t padded = rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
   static_assert(kMaxParts * kMaxTileOutputs >= kMaxGrid * kTileOutputs);
-  return (PartsSize(padded) + kMaxSplits * padded) * static_cast<int64_t>(sizeof(float));
+  return (ScalesSize(padded) + PartsSize(padded)) * static_cast<int64_t>(sizeof(float));
+}
+
+bool LinearHasIntegers() {
+  const KernelTraits& traits = TraitsOf<PrepareKernel<__nv_bfloat16, 2>>([](bool) { return 0; });
+  return traits.error == cudaSuccess && HasWgmma(traits);
 }
 
 const char* LaunchLinear(const LinearParams& params, void* stream) {
@@ -56,6 +61,7 @@ const char* LaunchLinear(const LinearParams& params, void* stream) {
   if (params.parts != nullptr) {
     *params.parts = {static_cast<const float*>(params.y), 1, params.num_outputs, nullptr};
   }
+  if (params.next != nullptr) params.next->is_made = false;
   switch (params.dtype) {
     case DataType::kFloat16:
       return LaunchForType<__half>(params, cuda_stream);

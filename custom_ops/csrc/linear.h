@@ -12,6 +12,9 @@
 namespace kogpt {
 
 inline constexpr int kLinearMaxRows = 64;
+// Up to so many rows the kernels for sm_90a round activations that meet an INT8 weight without a kernel
+// of its own ahead, unless LayerNorm or a multiplier stands before it.
+inline constexpr int kLinearMaxRowsRounded = 1;
 
 // Sums that are not whole yet: y_rm = scale_m * sum_s values[(s * rows + r) * stride + m], added up in
 // order. A null scale stands for ones.
@@ -22,11 +25,19 @@ struct LinearParts {
   const float* scale;
 };
 
+// LayerNorm of y for the product that follows, which takes it from `h` with `has_h`.
+struct LinearNext {
+  const void* ln_scale;  // [num_outputs] dtype
+  const void* ln_bias;   // [num_outputs] dtype
+  bool is_made;          // the launch tells here whether it makes it
+};
+
 // A null pointer stands for an operand that is absent.
 //
 //   h   = LayerNorm(x) if ln_scale, else x;  times k_multiplier along k if there
-//         rounded to `dtype`; beside an INT8 weight the kernels for sm_90a round to 16-bit integers
-//         instead, of which a row's largest |h| (or of a part of its K) becomes 32639
+//         rounded to `dtype`; beside an INT8 weight the kernels for sm_90a round to integers instead, of
+//         which a row's largest |h| becomes 32639, or without LayerNorm that of each 256 columns of a
+//         row; 127 with `int8_activations`
 //   z_m = weight_scale_m * sum_k h_k weight_mk + bias_m
 //   outputs [0, gelu_from)             y   = z + residual
 //   outputs [gelu_from, num_outputs)   act = GELU(z), tanh form, in the last columns
@@ -41,6 +52,7 @@ struct LinearParams {
   DataType x_dtype;       // dtype, or kFloat32 with LayerNorm
   DataType y_dtype;       // dtype or kFloat32
   float epsilon;
+  bool int8_activations;  // the kernels may round those that meet an INT8 weight to 8 bits
 
   const void* x;              // [rows, k_dim] x_dtype
   const void* weight;         // [num_outputs, k_dim] weight_dtype
@@ -56,8 +68,10 @@ struct LinearParams {
   void* act;
 
   // Scratch. h: [rows, k_dim] dtype, needed with LayerNorm, k_multiplier or an INT8 weight.
-  // partials: LinearPartialsBytes.
+  // partials: LinearPartialsBytes; what is ahead of h's integers, their scales, lies at its beginning.
   void* h;
+  // CUDA: h is there already (with its scales), made by a kernel ahead: x is not read.
+  bool has_h;
   float* partials;
   int64_t partials_bytes;
   // kNumSemaphores zeros but for a mark, and again so when the kernel ends; CUDA.
@@ -78,6 +92,10 @@ struct LinearParams {
   // CUDA the launch tells here where y is to be found, in parts if the product is cut along K. All else
   // writes y.
   LinearParts* parts;
+
+  // Where it is there, which takes a 16-bit weight, y in f32, no GELU, and an `h` of [rows, num_outputs] at
+  // least: the kernels for sm_90a may make it where they add up y.
+  LinearNext* next;
 };
 
 // Returns null, or what is wrong with the parameters.
@@ -85,6 +103,9 @@ const char* CheckLinear(const LinearParams& params);
 
 // Scratch bytes of `partials` that serve any device, for the CUDA kernel.
 int64_t LinearPartialsBytes(int64_t rows);
+
+// CUDA: whether the kernels of the current device take activations that meet an INT8 weight as integers.
+bool LinearHasIntegers();
 
 // CUDA: enqueues on `stream` (a cudaStream_t). Returns null, or a message of static lifetime.
 const char* LaunchLinear(const LinearParams& params, void* stream);

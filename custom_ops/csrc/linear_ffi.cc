@@ -15,7 +15,7 @@ ffi::Error LinearImpl(Executor executor, Buffer x, Buffer weight, Buffer weight_
                       Buffer semaphores, ResultBuffer y, ResultBuffer act, ResultBuffer h,
                       ResultBuffer partials, ResultBuffer semaphores_out, int64_t gelu_from,
                       float epsilon, bool prefetch_weight, int64_t done_mark, int64_t awaited_mark,
-                      int64_t early_from) {
+                      int64_t early_from, bool int8_activations) {
   Checks check("kogpt_linear");
   check.Rank("x", x, 2);
   check.Rank("weight", weight, 2);
@@ -96,6 +96,7 @@ ffi::Error LinearImpl(Executor executor, Buffer x, Buffer weight, Buffer weight_
   params.x_dtype = *ToDataType(x.element_type());
   params.y_dtype = *ToDataType(y->element_type());
   params.epsilon = epsilon;
+  params.int8_activations = int8_activations;
   params.x = DataOrNull<const void>(x);
   params.weight = DataOrNull<const void>(weight);
   params.weight_scale = DataOrNull<const float>(weight_scale);
@@ -158,5 +159,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Linear, kogpt::LinearImpl,
                                   .Attr<bool>("prefetch_weight")
                                   .Attr<int64_t>("done_mark")
                                   .Attr<int64_t>("awaited_mark")
-                                  .Attr<int64_t>("early_from"),
+                                  .Attr<int64_t>("early_from")
+                                  .Attr<bool>("int8_activations"),
                               kogpt::kHandlerTraits);

@@ -102,17 +102,30 @@ struct LinearOutputs {
       __stcg(reinterpret_cast<uint4*>(static_cast<T*>(y) + at), Pack<T>(values));
       return;
     }
-    float4 low = make_float4(values[0], values[1], values[2], values[3]);
-    float4 high = make_float4(values[4], values[5], values[6], values[7]);
+    float added[kVector];
+    LoadResidual(row, m, added);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] += added[i];
+    StoreFloats(row, m, values);
+  }
+
+  // Of outputs m to m + 7, where these are a vector of y in f32.
+  __device__ __forceinline__ void LoadResidual(int row, int m, float (&values)[kVector]) const {
+    float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
     if (residual != nullptr) {
-      const auto* from = reinterpret_cast<const float4*>(residual + at);
-      const float4 first = __ldcg(from), second = __ldcg(from + 1);
-      low.x += first.x, low.y += first.y, low.z += first.z, low.w += first.w;
-      high.x += second.x, high.y += second.y, high.z += second.z, high.w += second.w;
+      const auto* from =
+          reinterpret_cast<const float4*>(residual + static_cast<int64_t>(row) * gelu_from + m);
+      low = __ldcg(from), high = __ldcg(from + 1);
     }
-    auto* to = reinterpret_cast<float4*>(static_cast<float*>(y) + at);
-    __stcg(to, low);
-    __stcg(to + 1, high);
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+  }
+  __device__ __forceinline__ void StoreFloats(int row, int m,
+                                              const float (&values)[kVector]) const {
+    auto* to = reinterpret_cast<float4*>(static_cast<float*>(y) +
+                                         static_cast<int64_t>(row) * gelu_from + m);
+    __stcg(to, make_float4(values[0], values[1], values[2], values[3]));
+    __stcg(to + 1, make_float4(values[4], values[5], values[6], values[7]));
   }
 };
 

@@ -4,6 +4,7 @@
 #define CUSTOM_OPS_LINEAR_PREPARE_CUH_
 
 #include "cuda_common.cuh"
+#include "digits.cuh"
 #include "linear.h"
 
 namespace kogpt {
@@ -16,7 +17,6 @@ struct PrepareArgs {
   void* h;
   float* x_scale;
   int k_dim;
-  int num_parts;  // of a row, with a scale each; one with LayerNorm
   bool is_x_float32;
   bool prefetch_parameters;
   float epsilon;
@@ -24,11 +24,6 @@ struct PrepareArgs {
 
 constexpr int kPrepareThreads = 512;
 constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
-
-// Activations that meet an INT8 weight are rounded to 16-bit integers with a scale a row, or a part of
-// a row as the product cuts K (chunks of 128), and kept as two digits of 8 bits, 256 high + low, of
-// which high lies in [-127, 127] and low in [-128, 127].
-constexpr float kLargestInteger = 127 * 256 + 127;
 
 // Number, mean and sum of squared differences from the mean of some values; Chan, Golub and LeVeque
 // 1979. Exact where E[x^2] - E[x]^2 loses the digits of a small spread around a large mean, and one
@@ -119,52 +114,17 @@ __device__ __forceinline__ void StoreLayerNorm(const float (&values)[8], bool ha
   __stcg(h, Pack<T>(normalized));
 }
 
-// What becomes the largest integer, given the largest magnitude: NaN if that is not finite, and so is
-// all that the row becomes. Of smaller rows than this nothing is left, but no more than that is lost.
-__device__ __forceinline__ float LargestOfDigits(float largest) {
-  constexpr float kTiny = 1e-30f;
-  largest += largest - largest;
-  return largest < kTiny ? kTiny : largest;
-}
-
-// Stores eight values as digits, those of vector `vector` of a row: `digits` are the row's high ones,
-// the low ones follow them.
-__device__ __forceinline__ void StoreDigits(int8_t* digits, int k_dim, int vector,
-                                            const float (&values)[8], float inverse) {
-  uint32_t integers[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) integers[i] = __float2int_rn(values[i] * inverse);
-  const auto pack = [&](int byte, int offset) {
-    uint32_t words[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t selector = byte | (byte + 4) << 4;
-      const uint32_t low =
-          __byte_perm(integers[4 * i] + offset, integers[4 * i + 1] + offset, selector);
-      const uint32_t high =
-          __byte_perm(integers[4 * i + 2] + offset, integers[4 * i + 3] + offset, selector);
-      words[i] = __byte_perm(low, high, 0x5410);
-    }
-    return make_uint2(words[0], words[1]);
-  };
-  __stcg(reinterpret_cast<uint2*>(digits) + vector, pack(1, 128));
-  __stcg(reinterpret_cast<uint2*>(digits + k_dim) + vector, pack(0, 0));
-}
-
-// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row or part of one, in f32;
-// rounded to T, or as digits: h is [2 rows, K] then, row by row the high ones and the low ones.
-template <typename T, bool kHasDigits>
+// h = LayerNorm(x) (Ba et al. 2016) and the multiplier along k, a block a row, in f32; rounded to T, or as
+// digits, if there are some, with a scale for each row: h is [rows, kDigits, K] then.
+template <typename T, int kDigits>
 __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a product's blocks
     PrepareKernel(const __grid_constant__ PrepareArgs args) {
   __shared__ Moments shared[kPrepareWarps];
   __shared__ float shared_largest[kPrepareWarps];
   LaunchDependents();
-  const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * args.k_dim;
-  constexpr int kChunkVectors = kBoxRowBytes / 8;
-  const int num_chunks = (args.k_dim + kBoxRowBytes - 1) / kBoxRowBytes;
-  const int part = blockIdx.x;
-  const int first = part * num_chunks / args.num_parts * kChunkVectors + threadIdx.x;
-  const int end = min((part + 1) * num_chunks / args.num_parts * kChunkVectors, args.k_dim / 8);
+  const int64_t row_begin = static_cast<int64_t>(blockIdx.x) * args.k_dim;
+  const int first = threadIdx.x;
+  const int end = args.k_dim / 8;
   const bool has_first = first < end;
 
   struct Parameters {
@@ -251,21 +211,18 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
       body(vector, values);
     }
   };
-  if constexpr (kHasDigits) {
+  if constexpr (kDigits > 0) {
     float largest = 0.0f;
     for_all([&](int, const float (&values)[8]) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) largest = Largest()(largest, fabsf(values[i]));
     });
-    largest = CombineThreads(largest, Largest(), shared_largest);
-    largest = LargestOfDigits(largest);
-    if (threadIdx.x == 0) {
-      args.x_scale[blockIdx.y * args.num_parts + part] = largest / kLargestInteger;
-    }
-    const float inverse = kLargestInteger / largest;
-    int8_t* const digits = static_cast<int8_t*>(args.h) + 2 * row_begin;
+    largest = LargestOfDigits(CombineThreads(largest, Largest(), shared_largest));
+    if (threadIdx.x == 0) args.x_scale[blockIdx.x] = largest / kLargestInteger<kDigits>;
+    const float inverse = kLargestInteger<kDigits> / largest;
     for_all([&](int vector, const float (&values)[8]) {
-      StoreDigits(digits, args.k_dim, vector, values, inverse);
+      StoreDigits<kDigits>(args.h, args.k_dim, blockIdx.x, vector,
+                           EightDigits<kDigits>(values, inverse));
     });
   } else {
     for_all([&](int vector, const float (&values)[8]) {
@@ -275,10 +232,26 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)  // leaves registers for a
   }
 }
 
-// Writes params.h; as digits, with `num_parts` scales for each row, if `x_scale` is there.
-template <typename T>
-const char* LaunchPrepare(const LinearParams& params, float* x_scale, int num_parts,
-                          cudaStream_t stream) {
+constexpr int kRoundThreads = 128;
+constexpr int kRoundWarps = kRoundThreads / kWarpSize;
+
+// A group of columns of a row a warp.
+template <typename T, int kDigits>
+__global__ void __launch_bounds__(kRoundThreads)
+    RoundGroupsKernel(const __grid_constant__ RoundGroupsArgs args) {
+  LaunchDependents();
+  WaitForDependency();
+  const int group = blockIdx.x * kRoundWarps + threadIdx.x / kWarpSize;
+  if (group <= NumDigitGroups(args.k_dim)) args.Round<T, kDigits>(blockIdx.y, group);
+}
+
+// Writes params.h, unless it is there; as digits, if there are some, with a scale for each row.
+template <typename T, int kDigits>
+const char* Prepare(const LinearParams& params, float* x_scale, cudaStream_t stream) {
+  if (params.has_h) return nullptr;
+  constexpr auto kKernel = PrepareKernel<T, kDigits>;
+  const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
+  if (traits.error != cudaSuccess) return MessageOf(traits.error);
   const PrepareArgs args = {params.x,
                             params.ln_scale,
                             params.ln_bias,
@@ -286,18 +259,27 @@ const char* LaunchPrepare(const LinearParams& params, float* x_scale, int num_pa
                             params.h,
                             x_scale,
                             static_cast<int>(params.k_dim),
-                            num_parts,
                             params.x_dtype == DataType::kFloat32,
                             params.prefetch_weight,
                             params.epsilon};
-  const dim3 grid(static_cast<unsigned>(num_parts), static_cast<unsigned>(params.rows));
-  const auto launch = [&](auto has_digits) {
-    constexpr auto kKernel = PrepareKernel<T, decltype(has_digits)::value>;
-    const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
-    if (traits.error != cudaSuccess) return MessageOf(traits.error);
-    return MessageOf(Launch<kKernel>(traits, grid, kPrepareThreads, 0, stream, args));
-  };
-  return x_scale == nullptr ? launch(std::false_type()) : launch(std::true_type());
+  return MessageOf(Launch<kKernel>(traits, dim3(static_cast<unsigned>(params.rows)),
+                                   kPrepareThreads, 0, stream, args));
+}
+
+// Writes params.h, unless it is there, as digits, with a scale for each group of columns of a row.
+template <typename T, int kDigits>
+const char* RoundGroups(const LinearParams& params, float* x_scale, cudaStream_t stream) {
+  if (params.has_h) return nullptr;
+  constexpr auto kKernel = RoundGroupsKernel<T, kDigits>;
+  const KernelTraits& traits = TraitsOf<kKernel>([](bool) { return 0; });
+  if (traits.error != cudaSuccess) return MessageOf(traits.error);
+  const int64_t warps = NumDigitGroups(params.k_dim) + 1;
+  const dim3 grid(static_cast<unsigned>((warps + kRoundWarps - 1) / kRoundWarps),
+                  static_cast<unsigned>(params.rows));
+  const RoundGroupsArgs args = {
+      params.x, params.k_multiplier,           params.h,
+      x_scale,  static_cast<int>(params.rows), static_cast<int>(params.k_dim)};
+  return MessageOf(Launch<kKernel>(traits, grid, kRoundThreads, 0, stream, args));
 }
 
 }  // namespace kogpt

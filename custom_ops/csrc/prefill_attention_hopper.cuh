@@ -82,12 +82,6 @@ struct HopperShared {
 
 #if __CUDA_ARCH__ == 900
 
-__device__ __forceinline__ float LoadSharedFloat(uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void RaiseRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

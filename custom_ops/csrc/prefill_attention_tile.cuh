@@ -25,16 +25,6 @@ struct QueryTile {
   }
 };
 
-__device__ __forceinline__ void StoreShared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void StoreShared(uint32_t address, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
 __device__ __forceinline__ uint2 LoadSharedPair(uint32_t address) {
   uint2 value;
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];\n"
