@@ -12,6 +12,14 @@
 
 namespace kogpt {
 
+// Where act becomes integers for a product with an INT8 weight.
+struct RoundedAct {
+  int num_digits;             // 1: of 8 bits, 2: of 16
+  const float* k_multiplier;  // [act_dim], or null: what act's columns are multiplied by first
+  void* digits;               // as `linear` has them in its `h`
+  float* scales;              // and at the beginning of its `partials`
+};
+
 // For each row b with num_new[b] = 1 and each head n, with position p = lengths[b]:
 //   q, k: the first rotary_dim values of each head rotated, neighbours (2i, 2i + 1) by the angle of
 //         (cos, sin)[b, i], rounded to dtype
@@ -21,15 +29,6 @@ namespace kogpt {
 // INT8 pages hold k and v as integers in [-127, 127] with an f32 scale a token and head, max |.| / 127
 // of the head (1 for zeros), and k_j and v_j are integer times scale, those of the new token too.
 // A row with num_new[b] = 0 leaves the cache as it is and gets zeros.
-//
-// With `rounded` act becomes integers for a product with an INT8 weight.
-struct RoundedAct {
-  int num_digits;             // 1: of 8 bits, 2: of 16
-  const float* k_multiplier;  // [act_dim], or null: what act's columns are multiplied by first
-  void* digits;               // as `linear` has them in its `h`
-  float* scales;              // and at the beginning of its `partials`
-};
-
 struct DecodeAttentionParams {
   int64_t batch;
   int64_t num_heads;

@@ -68,7 +68,7 @@ struct LinearParams {
   void* act;
 
   // Scratch. h: [rows, k_dim] dtype, needed with LayerNorm, k_multiplier or an INT8 weight.
-  // partials: LinearPartialsBytes; what is ahead of h's integers, their scales, lies at its beginning.
+  // partials: LinearPartialsBytes; the scales of h's integers lie at its beginning.
   void* h;
   // CUDA: h is there already (with its scales), made by a kernel ahead: x is not read.
   bool has_h;
