@@ -52,7 +52,8 @@ class LibraryInfo:
     problem: str | None = "there is none for this kind of device"  # why it cannot be used; None: it can
     left_out: tuple[str, ...] = ()  # targets that it was built without
     version: str | None = None  # of the package that it was compiled from
-    source_hash: str | None = None  # a digest of its kernels' sources
+    source_hash: str | None = None  # a digest of its kernels' sources, compilers and architectures
+    gemm_hash: str | None = None  # CUDA: of the sources of products of many rows; else that of all
     # CUDA: how its products of many rows can be cut on this machine's GPU, by op; `tile` is an index of the names.
     tiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -217,6 +218,7 @@ def _read_info(name: str, path: pathlib.Path, library: ctypes.CDLL) -> LibraryIn
         problem,
         version=_strings(library, "KogptOpsVersion")[0],
         source_hash=_strings(library, "KogptOpsSourceHash")[0],
+        gemm_hash=_strings(library, "KogptOpsGemmHash")[0],
         tiles=tiles,
     )
 

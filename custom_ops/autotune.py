@@ -4,9 +4,9 @@
 the files say, when a program is traced: they never time anything. What no file says is told once, and the choice by
 shape serves.
 
-A file holds what was measured on one model of device with one library: the shipped ones lie in ``tuned/`` beside this
-module, the user's own in a folder that `set_user_folder` names, and its entries win. A file that is broken, or was made
-on another device, with other kernels or in another format, is ignored with one line.
+A file holds what was measured on one model of device with one version of the kernels: the shipped ones lie in
+``tuned/`` beside this module, the user's own in a folder that `set_user_folder` names, and its entries win. A file that
+is broken, or was made on another device, with other kernels or in another format, is ignored with one line.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from jaxtyping import Array
 
 from custom_ops import _library, timing, tolerance
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # For `tile`: the kernel chooses by the shape.
 TILE_BY_SHAPE = -1
@@ -104,23 +104,23 @@ Table = Mapping[Key, tuple[Timing, ...]]  # the fastest first
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What times count for: a model of device, and the library whose kernels were timed."""
+    """What times count for: a model of device, and the kernels that were timed, whatever compiled them: a file changes
+    no result."""
 
     name: str
-    library_version: str
-    source_hash: str
+    gemm_hash: str
 
 
 def find_device(platform: str) -> Device | None:
     """The device that JAX's "cpu" or "gpu" is on this machine, or None if it, or its library, is not there."""
     library = _library.load(platform)
-    if library.problem or library.version is None or library.source_hash is None:
+    if library.problem or library.gemm_hash is None:
         return None
     try:
         name = _cpu_name() if platform == "cpu" else jax.devices(platform)[0].device_kind
     except RuntimeError:  # there are GPUs, but not for JAX
         return None
-    return Device(name, library.version, library.source_hash)
+    return Device(name, library.gemm_hash)
 
 
 @functools.cache
@@ -278,7 +278,7 @@ def save(device: Device, entries: Table) -> pathlib.Path:
         }
         for key, timings in sorted(table.items(), key=lambda item: dataclasses.astuple(item[0]))
     ]
-    content = {**_head(device), "made_with": {"jax": jax.__version__}, "entries": records}
+    content = {**_head(device), "made_with": _made_with(), "entries": records}
     _user_folder.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=_user_folder)
     try:
@@ -293,8 +293,15 @@ def save(device: Device, entries: Table) -> pathlib.Path:
     return path
 
 
+def _made_with() -> dict[str, Any]:
+    """For whoever reads the file."""
+    libraries = [info for info in _library.library_info() if info.problem is None]
+    of_library = ("version", "compilers", "architectures", "source_hash")
+    return {"jax": jax.__version__, **{i.name: {name: getattr(i, name) for name in of_library} for i in libraries}}
+
+
 def _head(device: Device) -> dict[str, Any]:
-    """What a file must say to be for this device and library."""
+    """What a file must say to be for this device and its kernels."""
     return {"format_version": FORMAT_VERSION, **dataclasses.asdict(device)}
 
 

@@ -195,13 +195,15 @@ class OpsConfig:
 
     linear: Implementation = "reference"  # products of 1 to 64 rows
     linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
+    # Up to so many tokens that are read at once, the layers' products are `linear`'s, as a decode step's are.
+    linear_prefill_tokens: int = 0
     decode_attention: Implementation = "reference"
     # All layers of a decode step as one call, up to 64 rows; "reference": op by op.
     decode_layers: Implementation = "reference"
     # Several steps of greedy rows as one call, where a step's layers are one; "reference": step by step.
     decode_steps: Implementation = "reference"
     prefill_attention: Implementation = "reference"
-    # Layers' products of whole sequences with INT8 weights; the others are XLA's. "linear" (w8a16): groups of 64 rows.
+    # Layers' products of more tokens with INT8 weights; the others are XLA's. "linear" (w8a16): groups of 64 rows.
     gemm: GemmImplementation = "reference"
     # A decode step's sums over shards: the project's kernel, or what adds up more values than it takes. "in_order" adds
     # shards in their order, as the kernel does: a library's sum may take them in an order that depends on the place in

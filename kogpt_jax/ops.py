@@ -25,6 +25,10 @@ from kogpt_jax.sharding import VOCAB_AXES
 Choice = Literal["auto", "ffi", "reference"]
 CHOICES: tuple[str, ...] = get_args(Choice)
 
+# Tokens read at once up to which `linear` is faster on a GPU than what reads more: XLA, `mixed_gemm`, `int8_gemm`
+# (docs/performance-notes.md, "Short prompts").
+_LINEAR_PREFILL_TOKENS = {"none": MAX_ROWS, "w8a16": 2 * MAX_ROWS, "w8a8": 0}
+
 _logger = logging.getLogger("kogpt_jax")
 
 
@@ -94,6 +98,8 @@ def resolve_ops(
             if problems[op] is not None:
                 raise InputError(f"deterministic cannot be used: it takes the kernel of {op}, but {problems[op]}")
     best: dict[str, Any] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
+    if platform == "gpu" and problems["linear"] is None:
+        best["linear_prefill_tokens"] = _LINEAR_PREFILL_TOKENS[config.quant]
     order: Literal["psum", "in_order"] = "in_order" if deterministic else "psum"
     sums: dict[str, Any] = {"all_reduce": order, "all_reduce_many_values": order}
     if platform == "gpu" and devices and num_along(devices, VOCAB_AXES) > 1:
@@ -183,6 +189,7 @@ def describe(ops: OpsConfig) -> str:
         f"decode_attention {ops.decode_attention}"
         + (f" ({as_one_call})" if ops.decode_layers == "ffi" else "")
         + f", prefill_attention {ops.prefill_attention}, "
-        f"INT8 products of prefill and scoring {ops.gemm}"
+        + (f"prompts of up to {tokens} tokens by linear, " if (tokens := ops.linear_prefill_tokens) else "")
+        + f"INT8 products of prefill and scoring {ops.gemm}"
         + {"psum": "", "in_order": ", sums over shards in order", "ffi": ", sums over shards ffi"}[ops.all_reduce]
     )

@@ -1,11 +1,14 @@
 """`custom_ops.autotune`: what is right, what a file says, and what becomes of a file that cannot be used."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
 import stat
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from custom_ops.autotune import Candidate, Choice, Device, Key, Timing
 from custom_ops.quantization import QuantizedArray, quantize_weight
 
 BF16 = jnp.bfloat16
-DEVICE = Device("NVIDIA H100 80GB HBM3", "1.2.3", "0123456789abcdef")
+DEVICE = Device("NVIDIA H100 80GB HBM3", "0123456789abcdef")
 TILES = ("64x256 pingpong swizzle 1", "128x256 swizzle 1", "128x256 swizzle 8")
 KEY = Key("mixed_gemm", "bfloat16", 24, 32, 128)
 ENTRY = (Timing(Choice("ffi", TILES[2]), 10.5), Timing(Choice("reference"), 20), Timing(Choice("ffi", TILES[0]), 30.25))
@@ -39,7 +42,7 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
 def gpu(monkeypatch) -> None:
     """A machine with a GPU and a library that has tiles, as far as Python sees."""
     tiles = {"int8_gemm": TILES[:2], "mixed_gemm": TILES}
-    library = _library.LibraryInfo("cuda", "lib.so", problem=None, version="1.2.3", source_hash="0", tiles=tiles)
+    library = _library.LibraryInfo("cuda", "lib.so", problem=None, gemm_hash="0", tiles=tiles)
     monkeypatch.setattr(_library, "load", lambda platform: library)
     monkeypatch.setattr(autotune, "find_device", lambda platform: DEVICE)
 
@@ -288,11 +291,10 @@ def test_a_file_is_read_as_it_was_written(folder, caplog):
     assert path == folder / "user" / "nvidia-h100-80gb-hbm3.json"
     assert autotune.read_table(path, DEVICE) == {KEY: ENTRY}
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert {name: content[name] for name in ("format_version", "name", "library_version", "source_hash")} == {
+    assert {name: content[name] for name in ("format_version", "name", "gemm_hash")} == {
         "format_version": autotune.FORMAT_VERSION,
         "name": DEVICE.name,
-        "library_version": "1.2.3",
-        "source_hash": "0123456789abcdef",
+        "gemm_hash": "0123456789abcdef",
     }
     assert autotune.read_table(folder / "none.json", DEVICE) == {}
     assert messages(caplog) == []
@@ -306,11 +308,10 @@ def entry(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"format_version": autotune.FORMAT_VERSION + 1}, "its format_version is 2, not 1"),
+        ({"format_version": autotune.FORMAT_VERSION + 1}, "its format_version is 3, not 2"),
         ({"name": "NVIDIA H200"}, "its name is 'NVIDIA H200', not 'NVIDIA H100 80GB HBM3'"),
-        ({"library_version": "1.2.2"}, "its library_version is '1.2.2', not '1.2.3'"),
-        ({"source_hash": "fedcba"}, "its source_hash is 'fedcba', not '0123456789abcdef'"),
-        ({"source_hash": None}, "its source_hash is None"),
+        ({"gemm_hash": "fedcba"}, "its gemm_hash is 'fedcba', not '0123456789abcdef'"),
+        ({"gemm_hash": None}, "its gemm_hash is None"),
         ({"entries": None}, ""),
         ({"entries": [{"op": "mixed_gemm"}]}, "it has no 'dtype'"),
         ({"entries": [entry(rows=100)]}, "rows a power of two"),
@@ -363,7 +364,7 @@ def test_a_corrupt_file_is_ignored_with_one_line(folder, content, caplog):
 
 @pytest.mark.usefixtures("gpu")
 def test_a_file_that_cannot_be_used_changes_nothing_but_the_tile(folder, caplog):
-    write(folder, source_hash="other")
+    write(folder, gemm_hash="other")
     assert autotune.tile_index("mixed_gemm", BF16, 24, 32, 100) == autotune.TILE_BY_SHAPE
     assert len(messages(caplog)) == 2  # the file, and what is missing now
 
@@ -405,7 +406,7 @@ def test_saving_adds_to_the_file_and_replaces_it_whole(folder, monkeypatch):
 
 
 def test_a_file_of_other_kernels_is_replaced(folder):
-    path = autotune.save(dataclasses.replace(DEVICE, source_hash="old"), {KEY: ENTRY})
+    path = autotune.save(dataclasses.replace(DEVICE, gemm_hash="old"), {KEY: ENTRY})
     before = path.read_bytes()
     assert autotune.save(DEVICE, {}) == path  # a try
     assert path.read_bytes() == before
@@ -421,13 +422,20 @@ def test_without_a_folder_nothing_is_saved(monkeypatch):
         autotune.save(DEVICE, {KEY: ENTRY})
 
 
-def test_shipped_files_are_what_the_command_writes():
-    """Their names and heads; whether their digest is that of today's kernels only a build for GPUs can tell."""
-    shipped = pathlib.Path(custom_ops.__file__).with_name("tuned")
-    assert (shipped / "README.md").is_file()
-    for path in shipped.glob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        device = Device(content["name"], content["library_version"], content["source_hash"])
+def digest(text: str, files: Iterable[pathlib.Path]) -> str:
+    """As csrc/CMakeLists.txt has it."""
+    lines = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(files)]
+    return hashlib.sha256(f"{text}\n{''.join(lines)}".encode()).hexdigest()[:16]
+
+
+def test_shipped_files_are_what_the_command_writes_for_todays_kernels():
+    """Whoever changes the sources of products of many rows measures again, or takes the files away."""
+    package = pathlib.Path(custom_ops.__file__).parent
+    sources = [path for pattern in ("*gemm*.cu", "*gemm*.cuh") for path in package.glob(f"csrc/{pattern}")]
+    gemm_hash = digest("gemm", [path for path in sources if not re.search("_(driver|rivals)", path.name)])
+    assert (package / "tuned" / "README.md").is_file()
+    for path in (package / "tuned").glob("*.json"):
+        device = Device(json.loads(path.read_text(encoding="utf-8"))["name"], gemm_hash)
         assert path.name == autotune.file_name(device)
         assert autotune.read_table(path, device)
 
@@ -437,7 +445,7 @@ def test_the_cpu_is_named_by_its_model_and_cores(monkeypatch, tmp_path):
     device = autotune.find_device("cpu")
     host = custom_ops.library_info()[0]
     assert device is not None
-    assert (device.library_version, device.source_hash) == (host.version, host.source_hash)
+    assert device.gemm_hash == host.gemm_hash == host.source_hash
     assert device.name == autotune._cpu_name()
     (tmp_path / "cpuinfo").write_text("flags\t: a b\nmodel name\t: Some CPU @ 2 GHz\n", encoding="utf-8")
     monkeypatch.setattr(autotune, "_CPU_INFO", tmp_path / "cpuinfo")

@@ -84,6 +84,7 @@ class FakeLibrary(ctypes.CDLL):
         self.KogptOpsCompilers = lambda: b"GNU 1.2"
         self.KogptOpsVersion = lambda: b"1.2.3"
         self.KogptOpsSourceHash = lambda: b"0123456789abcdef"
+        self.KogptOpsGemmHash = lambda: b"fedcba9876543210"
 
     def KogptOpsFfiVersion(self, major, minor):
         major._obj.value, minor._obj.value = 0, 9
@@ -111,7 +112,7 @@ def test_a_library_for_a_newer_ffi_is_refused_before_it_is_registered(folder, mo
     info = load_anew("cpu")
     assert info.ffi_version == (0, 9)
     assert info.compilers == ("GNU 1.2",)
-    assert (info.version, info.source_hash) == ("1.2.3", "0123456789abcdef")
+    assert (info.version, info.source_hash, info.gemm_hash) == ("1.2.3", "0123456789abcdef", "fedcba9876543210")
     for part in ("0.9", "jaxlib " + importlib.metadata.version("jaxlib"), "newer jaxlib"):
         assert part in info.problem
     assert registered == []

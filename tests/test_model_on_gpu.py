@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import small_model
 from test_decoding import test_the_kernels_update_the_cache_in_place
-from test_ops import test_a_row_of_a_step_has_the_same_bits_in_any_batch
+from test_ops import PREFILL_OPS, test_a_row_of_a_step_has_the_same_bits_in_any_batch
+from test_ops import test_prompts_products_by_linear_are_those_of_xla as products_by_linear_are_those_of_xla
 from test_quantize import dequantized, error
 
 from custom_ops import linear, make_semaphores, numerics
@@ -134,6 +135,7 @@ def test_logits_at_the_6b_layer_shape(
     assert kernels.ops == OpsConfig(
         linear="ffi",
         linear_many_rows="ffi",
+        linear_prefill_tokens={"none": 64, "w8a16": 128, "w8a8": 0}[quant],
         decode_attention="ffi",
         decode_layers="ffi",
         decode_steps="ffi",
@@ -148,7 +150,7 @@ def test_logits_at_the_6b_layer_shape(
         round_in_the_open(monkeypatch)
     if quant != "none":
         errors["weights"] = error(step_logits(dequantized(kernels), tokens), oracle)
-        assert 1e-3 < errors["weights"] < 0.2
+        assert 1e-3 < errors["weights"] < 0.3
     print(dtype, quant, kv_dtype, batch, errors)
     if quant != "w8a8":
         assert errors["ffi"] <= 1.1 * errors["reference"]
@@ -157,11 +159,22 @@ def test_logits_at_the_6b_layer_shape(
         assert errors["ffi"] <= 1.1 * np.hypot(errors["weights"], of_dtype)
 
 
+@PREFILL_OPS
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_prompts_products_by_linear(dtype, quant, chosen):
+    products_by_linear_are_those_of_xla(dtype, quant, chosen)
+
+
 def test_without_a_choice_the_kernels_run():
     """ "auto" on a GPU with the CUDA library."""
     engine = KoGPT.from_random(dataclasses.replace(small_model.KERNEL_CONFIG, dtype="bf16"))
     assert engine.ops == OpsConfig(
-        linear="ffi", decode_attention="ffi", decode_layers="ffi", decode_steps="ffi", prefill_attention="ffi"
+        linear="ffi",
+        linear_prefill_tokens=64,
+        decode_attention="ffi",
+        decode_layers="ffi",
+        decode_steps="ffi",
+        prefill_attention="ffi",
     )
     completion = engine.generate_ids([small_model.prompt(9)], small_model.greedy(20))[0]
     assert len(completion.token_ids) == 20

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ import small_model
 import tolerances
 from small_model import KERNEL_CONFIG, greedy, prompt
 
-from custom_ops import MAX_ROWS, _library, make_semaphores, pages
+from custom_ops import MAX_ROWS, _library, make_semaphores, pages, quantize_weight
 from kogpt_jax import KoGPT, decoding, kv_cache, ops
-from kogpt_jax.config import Dtype, Implementation, ModelConfig, OpsConfig
+from kogpt_jax.config import Dtype, ModelConfig, OpsConfig
 from kogpt_jax.decoding import DecodeState
 from kogpt_jax.errors import InputError
-from kogpt_jax.model import decode_linear, model_def, random_leaves
-from kogpt_jax.ops import describe, resolve_ops
+from kogpt_jax.model import decode_linear, model_def, prefill_linear, random_leaves
+from kogpt_jax.ops import describe, layer_products, resolve_ops
 from kogpt_jax.packing import pack, stack
 from kogpt_jax.sampling import RowSampling, SamplingParams
 from kogpt_jax.sharding import make_mesh
@@ -29,6 +30,7 @@ REFERENCE = OpsConfig()
 KERNELS = OpsConfig(
     linear="ffi", linear_many_rows="ffi", decode_attention="ffi", decode_layers="ffi", decode_steps="ffi"
 )
+ON_GPU = dataclasses.replace(KERNELS, prefill_attention="ffi")
 
 
 @pytest.fixture
@@ -44,19 +46,17 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (KERNEL_CONFIG, "cpu", REFERENCE),
         (QUANTIZED, "cpu", KERNELS),
-        (KERNEL_CONFIG, "gpu", dataclasses.replace(KERNELS, linear_many_rows="reference", prefill_attention="ffi")),
-        (QUANTIZED, "gpu", dataclasses.replace(KERNELS, prefill_attention="ffi", gemm="ffi")),
+        (KERNEL_CONFIG, "gpu", dataclasses.replace(ON_GPU, linear_many_rows="reference", linear_prefill_tokens=64)),
+        (QUANTIZED, "gpu", dataclasses.replace(ON_GPU, linear_prefill_tokens=128, gemm="ffi")),
         (W8A8, "cpu", KERNELS),
-        (W8A8, "gpu", dataclasses.replace(KERNELS, prefill_attention="ffi", gemm="ffi")),
+        (W8A8, "gpu", dataclasses.replace(ON_GPU, gemm="ffi")),
     ],
     ids=["cpu", "cpu w8a16", "gpu", "gpu w8a16", "cpu w8a8", "gpu w8a8"],
 )
 def test_auto_is_the_faster_one(config, platform, expected):
     assert resolve_ops(config, "auto", platform=platform) == expected
     assert resolve_ops(config, "reference", platform=platform) == REFERENCE
-    on_gpu: Implementation = "ffi" if platform == "gpu" else "reference"  # these have no kernel for CPUs
-    gemm: Implementation = "reference" if config.quant == "none" else on_gpu
-    all_kernels = dataclasses.replace(KERNELS, prefill_attention=on_gpu, gemm=gemm)
+    all_kernels = KERNELS if platform == "cpu" else dataclasses.replace(expected, linear_many_rows="ffi")
     assert resolve_ops(config, "ffi", platform=platform) == all_kernels
 
 
@@ -73,10 +73,10 @@ def test_auto_goes_op_by_op(monkeypatch):
     monkeypatch.setattr(ops, "linear_ffi_problem", lambda **_: None)
     monkeypatch.setattr(ops, "decode_attention_ffi_problem", lambda **_: "head_dim must be 64")
     found = resolve_ops(QUANTIZED, "auto", platform="gpu")
-    assert found == dataclasses.replace(REFERENCE, linear="ffi", linear_many_rows="ffi")
+    assert found == dataclasses.replace(REFERENCE, linear="ffi", linear_many_rows="ffi", linear_prefill_tokens=128)
     assert describe(found) == (
         "linear ffi (more than 64 rows ffi), decode_attention reference, prefill_attention reference, "
-        "INT8 products of prefill and scoring reference"
+        "prompts of up to 128 tokens by linear, INT8 products of prefill and scoring reference"
     )
     with pytest.raises(InputError) as caught:
         resolve_ops(QUANTIZED, "ffi", platform="gpu")
@@ -132,6 +132,62 @@ def test_kernels_that_do_not_fit_the_model_are_refused_by_name(config, named):
     assert all(name in str(caught.value) for name in named)
     assert "\n" not in str(caught.value)
     assert "ffi" not in describe(resolve_ops(dataclasses.replace(config, num_heads=4), "auto", platform="cpu"))
+
+
+PREFILL_OPS = pytest.mark.parametrize(
+    ("quant", "chosen"),
+    [
+        ("none", OpsConfig(linear_prefill_tokens=150)),
+        ("w8a16", OpsConfig(linear_prefill_tokens=150)),
+        ("w8a16", OpsConfig(gemm="linear")),
+    ],
+    ids=["few tokens", "few tokens, w8a16", "any number, w8a16"],
+)
+
+
+@pytest.mark.host
+@PREFILL_OPS
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_prompts_products_by_linear_are_those_of_xla(dtype, quant, chosen):
+    """Both products of a layer, of fewer rows than a group, of more, and of more groups than are unrolled."""
+    config = dataclasses.replace(KERNEL_CONFIG, dtype=dtype, quant=quant)
+    (_, dim), (_, act_dim) = layer_products(config)
+    rng = np.random.default_rng(0)
+
+    def values(*shape: int, mean: float = 0.0, dtype: Any = config.jax_dtype) -> jax.Array:
+        return jnp.asarray(rng.normal(mean, 1 if mean == 0 else 0.1, shape), dtype)
+
+    layer_norm = (values(dim, mean=1), values(dim), 1e-5)
+    k_multiplier = values(act_dim, mean=1, dtype=jnp.float32)
+    weights = [values(*shape, dtype=jnp.float32) / 12 for shape in layer_products(config)]
+    w_in, w_out = (
+        weight.astype(config.jax_dtype) if quant == "none" else quantize_weight(weight) for weight in weights
+    )
+    bias = values(dim + config.ffn_dim)
+    for rows in (3, 150, 300):
+        x, act = values(rows, dim, dtype=jnp.float32), values(rows, act_dim)
+        gelu = {"layer_norm": layer_norm, "bias": bias[dim:], "gelu_from": 3 * dim, "act_dim": act_dim}
+        calls: list[tuple[jax.Array, Any, dict[str, Any]]] = [
+            (x, w_in, gelu),
+            (act, w_out, {"bias": bias[:dim], "residual": x, "prefetch_weight": True}),
+            (act, w_out, {"out_dtype": jnp.float32, "k_multiplier": k_multiplier}),
+        ]
+        for value, weight, options in calls:
+
+            def run(value: jax.Array, weight: Any, chosen: OpsConfig = chosen, options: Any = options) -> Any:
+                return prefill_linear(value, weight, config, chosen, **options)
+
+            is_by_linear = chosen.gemm == "linear" or rows <= 150
+            assert ("target_name=kogpt_linear" in str(jax.make_jaxpr(run)(value, weight))) == is_by_linear
+            y, gelus = run(value, weight)
+            expected_y, expected_gelus = run(value, weight, REFERENCE)
+            tolerances.assert_close(y, expected_y, tolerances.MODULE[dtype], "y")
+            assert y.dtype == expected_y.dtype
+            assert (gelus is None) == (expected_gelus is None) == ("gelu_from" not in options)
+            if gelus is not None and expected_gelus is not None:
+                assert gelus.shape == expected_gelus.shape
+                got, expected = (part[:, dim:] for part in (gelus, expected_gelus))
+                tolerances.assert_close(got, expected, tolerances.MODULE[dtype], "act")
 
 
 def lowered(batch: int, chosen: OpsConfig, config: ModelConfig = KERNEL_CONFIG) -> str:

@@ -5,17 +5,14 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tolerances
 from small_model import KERNEL_CONFIG
 
-from custom_ops import LibraryInfo, QuantizedArray, _library, autotune, quantize_weight
+from custom_ops import LibraryInfo, _library, autotune, quantize_weight
 from custom_ops.autotune import Choice, Device, Key, Timing
 from kogpt_jax import ops, tuning
-from kogpt_jax.config import ModelConfig, OpsConfig
-from kogpt_jax.model import prefill_linear
+from kogpt_jax.config import ModelConfig
 from kogpt_jax.ops import layer_products, resolve_ops
 
 QUANTIZED = dataclasses.replace(KERNEL_CONFIG, quant="w8a16")
@@ -32,7 +29,7 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def times(tmp_path, monkeypatch):
     """Keeps times of the layers' products of a model on a made-up device."""
-    device = Device("device", "1", "2")
+    device = Device("device", "1")
     monkeypatch.setattr(autotune, "_user_folder", tmp_path)
     monkeypatch.setattr(autotune, "find_device", lambda platform: device)
 
@@ -83,7 +80,7 @@ def test_a_gpu_that_was_not_measured_is_told_of_once(all_there, times, monkeypat
 def test_every_way_of_a_gpu_is_called_as_it_is_named(quant, monkeypatch):
     """As far as tracing shows: which calls, and with which tile."""
     tiles = {"int8_gemm": ("a", "b", "c"), "mixed_gemm": ("d", "e")}
-    library = LibraryInfo("cuda", "lib.so", problem=None, version="1", source_hash="2", tiles=tiles)
+    library = LibraryInfo("cuda", "lib.so", problem=None, gemm_hash="2", tiles=tiles)
     monkeypatch.setattr(_library, "load", lambda platform: library)
     config = dataclasses.replace(QUANTIZED, quant=quant, dtype="bf16")
     problems = tuning.make_problems([config], [150], platform="gpu")
@@ -112,40 +109,3 @@ def test_every_way_of_a_gpu_is_called_as_it_is_named(quant, monkeypatch):
         if quant == "w8a16":
             expected["linear"] = (["kogpt_linear"], [])
         assert found == expected
-
-
-@pytest.mark.host
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_products_in_groups_are_the_same(dtype):
-    """``gemm="linear"`` against XLA's: both products of a layer, fewer rows than a group and more."""
-    config = dataclasses.replace(QUANTIZED, dtype=dtype)
-    (in_outputs, dim), (_, act_dim) = layer_products(config)
-    rng = np.random.default_rng(0)
-    layer_norm = (
-        jnp.asarray(rng.normal(1, 0.1, dim), config.jax_dtype),
-        jnp.asarray(rng.normal(size=dim), config.jax_dtype),
-        1e-5,
-    )
-    w_in, w_out = (
-        quantize_weight(jnp.asarray(rng.normal(size=shape) / 12, jnp.float32)) for shape in layer_products(config)
-    )
-    bias = jnp.asarray(rng.normal(size=dim + config.ffn_dim), config.jax_dtype)
-    for rows in (3, 150):
-        x = jnp.asarray(rng.normal(size=(rows, dim)), jnp.float32)
-        act = jnp.asarray(rng.normal(size=(rows, act_dim)), config.jax_dtype)
-        gelu = {"layer_norm": layer_norm, "bias": bias[dim:], "gelu_from": 3 * dim, "act_dim": act_dim}
-        calls: list[tuple[jax.Array, QuantizedArray, dict[str, Any]]] = [
-            (x, w_in, gelu),
-            (act, w_out, {"bias": bias[:dim], "residual": x}),
-            (act, w_out, {"out_dtype": jnp.float32}),
-        ]
-        for value, weight, options in calls:
-            y, gelus = prefill_linear(value, weight, config, OpsConfig(gemm="linear"), **options)
-            expected_y, expected_gelus = prefill_linear(value, weight, config, OpsConfig(), **options)
-            tolerances.assert_close(y, expected_y, tolerances.MODULE[dtype], "y")
-            assert y.dtype == expected_y.dtype
-            assert (gelus is None) == (expected_gelus is None) == ("gelu_from" not in options)
-            if gelus is not None and expected_gelus is not None:
-                assert gelus.shape == expected_gelus.shape
-                got, expected = (part[:, dim:] for part in (gelus, expected_gelus))
-                tolerances.assert_close(got, expected, tolerances.MODULE[dtype], "act")

@@ -16,10 +16,11 @@ extern "C" KOGPT_EXPORT void KogptOpsFfiVersion(int32_t* major, int32_t* minor) 
 // library.
 extern "C" KOGPT_EXPORT const char* KogptOpsCudaArchitectures() { return KOGPT_CUDA_ARCHITECTURES; }
 
-// Of the package that it was compiled from, and a digest of the sources: what was measured with other
-// kernels counts for nothing (custom_ops/autotune.py).
+// Of the package that it was compiled from, and digests of the sources: of all, and of those of products
+// of many rows, whose times with other kernels count for nothing (custom_ops/autotune.py).
 extern "C" KOGPT_EXPORT const char* KogptOpsVersion() { return KOGPT_VERSION; }
 extern "C" KOGPT_EXPORT const char* KogptOpsSourceHash() { return KOGPT_SOURCE_HASH; }
+extern "C" KOGPT_EXPORT const char* KogptOpsGemmHash() { return KOGPT_GEMM_HASH; }
 
 // Name and version, with commas if there are several.
 extern "C" KOGPT_EXPORT const char* KogptOpsCompilers() { return KOGPT_COMPILERS; }
