@@ -81,6 +81,8 @@ check-kernels: ## run the CUDA kernels without JAX over the tests' shapes, alone
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver 0 0 $(SMALL_MODEL)
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_INT8_MODEL) rows=1
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_INT8_MODEL) rows=40
+	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_INT8_MODEL) rows=1
+	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/decode_steps_driver $(SMALL_INT8_MODEL) rows=40
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/driver/ops_driver check tests/op_shapes.txt
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/driver/prefill_attention_driver check tests/prefill_attention_shapes.txt

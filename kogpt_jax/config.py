@@ -195,7 +195,7 @@ class OpsConfig:
 
     linear: Implementation = "reference"  # products of 1 to 64 rows
     linear_many_rows: Implementation = "reference"  # products of more rows; "ffi" takes them in groups of 64
-    # Up to so many tokens that are read at once, the layers' products are `linear`'s, as a decode step's are.
+    # Up to so many tokens of prompts read at once, the layers' products are `linear`'s, as a decode step's are.
     linear_prefill_tokens: int = 0
     decode_attention: Implementation = "reference"
     # All layers of a decode step as one call, up to 64 rows; "reference": op by op.

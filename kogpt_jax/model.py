@@ -63,8 +63,6 @@ DEFAULT_OPS = OpsConfig()
 # Values of an INT8 matrix that are converted at a time, for a product with whole sequences.
 TILE_SIZE = 1 << 24
 
-_MAX_UNROLLED = 4  # groups of rows
-
 NO_LAYER = -1  # stands for the layer of a block that is left over
 
 # From what ``w_in`` made of a layer's tokens, [T, 3 N H] and [T, K], to the second with attention's part filled in, and
@@ -144,7 +142,6 @@ class Block(nnx.Module):
                 gelu_from=3 * local_dim,
                 act_dim=local_dim + self.b_ffn_in.shape[-1],
                 is_y_cut=self.ops.prefill_attention == "reference",
-                prefetch_weight=True,
             )
         assert act is not None  # with gelu_from
         ffn = act
@@ -154,7 +151,7 @@ class Block(nnx.Module):
         check("attention", layer, lambda: (act[:, :local_dim],))
         with jax.named_scope("w_out"):
             w_out, bias = _local_weight(self.w_out, self.w_out_scale), _local(self.b_ffn_out, 1)
-            options: dict[str, Any] = {"k_multiplier": self._local_multiplier(), "prefetch_weight": True}
+            options: dict[str, Any] = {"k_multiplier": self._local_multiplier()}
             if self.num_shards == 1:
                 x, _ = prefill_linear(act, w_out, config, self.ops, bias=bias, residual=x, **options)
             else:
@@ -346,6 +343,8 @@ class GPTJ(nnx.Module):
         begins, num_new = packed.begins, packed.num_new
         row_of_token, index, is_token = token_rows(begins, num_new, packed.tokens.shape[0])
         last = jnp.maximum(begins + num_new - 1, 0)
+        # Of few tokens the products take as long as of the last ones alone, and no weight need be cut.
+        cuts_last = last_only and x.shape[0] > self.ops.linear_prefill_tokens
         positions = cache.lengths[row_of_token] + index
         rotary = rotary_tables(positions, self.config)
         page_table = cache.page_table[:, : pages_per_row(packed.max_len)]
@@ -376,10 +375,12 @@ class GPTJ(nnx.Module):
                     watch(block, x, act)
                 return act, (k_pages, v_pages)
 
-            if last_only and layer == len(self.blocks) - 1:
+            if cuts_last and layer == len(self.blocks) - 1:
                 x, new_pages[slot] = block.last_tokens(x, attend, last, layer, check)
             else:
                 x, new_pages[slot] = block(x, attend, layer, check)
+        if last_only and not cuts_last:
+            x = x[last]
         return x, _with_pages(cache, new_pages, cache.lengths + num_new)
 
     def decode_step(
@@ -613,13 +614,12 @@ def prefill_linear(
     act_dim: int | None = None,
     out_dtype: np.dtype | type | None = None,
     is_y_cut: bool = True,
-    prefetch_weight: bool = False,
 ) -> tuple[Array, Array | None]:
     """A layer's product for whole sequences, with what `custom_ops.linear` has around it: (y, act).
 
     ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [T, act_dim], the columns in front
     of GELU's are attention's to fill. Without ``is_y_cut`` y may have more columns than ``gelu_from``: to cut XLA's
-    product for a kernel would copy it. ``prefetch_weight`` is `linear`'s.
+    product for a kernel would copy it.
     """
     options: dict[str, Any] = {
         "bias": bias,
@@ -628,33 +628,30 @@ def prefill_linear(
         "act_dim": act_dim,
         "out_dtype": out_dtype,
     }
+    in_front: dict[str, Any] = {"layer_norm": layer_norm, "k_multiplier": k_multiplier}
     if config.quant == "w8a8":
         assert isinstance(weight, QuantizedArray)
-        in_front: dict[str, Any] = {"layer_norm": layer_norm, "k_multiplier": k_multiplier}
         quantized = quantize_rows(x, implementation=ops.gemm, **in_front)
         return int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
-    if x.shape[0] <= ops.linear_prefill_tokens or (isinstance(weight, QuantizedArray) and ops.gemm == "linear"):
-        options |= {"layer_norm": layer_norm, "k_multiplier": k_multiplier, "prefetch_weight": prefetch_weight}
-        return _linear_in_groups(x, weight, **options)
+    if x.shape[0] <= ops.linear_prefill_tokens:
+        outputs = decode_linear(x, weight, ops, make_semaphores(), **in_front, **options)
+        return outputs[0], None if gelu_from is None else outputs[1]
     if layer_norm is not None:
         x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
     if k_multiplier is not None:
         x = (x.astype(jnp.float32) * k_multiplier).astype(config.jax_dtype)
     if isinstance(weight, QuantizedArray) and ops.gemm == "ffi":
         return mixed_gemm(x, weight, implementation="ffi", **options)
+    if isinstance(weight, QuantizedArray) and ops.gemm == "linear":
+        return _linear_in_groups(x, weight, **options)
     y, act = _dense_with(x, weight, config, **options)
     return (y[:, :gelu_from] if is_y_cut else y), act
 
 
 def _linear_in_groups(
-    x: Float[Array, "T K"],
-    weight: Float[Array, "M K"] | QuantizedArray,
-    *,
-    residual: Float[Array, "T M"] | None,
-    **options: Any,
+    x: Float[Array, "T K"], weight: QuantizedArray, *, residual: Float[Array, "T M"] | None, **options: Any
 ) -> tuple[Array, Array | None]:
-    """The kernel of `custom_ops.linear`, as many rows at a time as it takes; more than a few times in a loop, so that
-    the program stays small."""
+    """The kernel of `custom_ops.linear`, as many rows at a time as it takes, in a loop: the program stays small."""
     rows = x.shape[0]
     group_len = min(rows, MAX_ROWS)
     num_groups = -(-rows // group_len)
@@ -671,8 +668,10 @@ def _linear_in_groups(
         return semaphores, outputs
 
     groups = (split(x), None if residual is None else split(residual))
-    _, outputs = jax.lax.scan(run, make_semaphores(), groups, unroll=num_groups <= _MAX_UNROLLED)
-    y, *more = (output.reshape(num_groups * group_len, output.shape[2])[:rows] for output in outputs)
+    _, outputs = jax.lax.scan(run, make_semaphores(), groups)
+    # XLA on GPUs would make the cut a part of the kernel's call behind it, which then updates nothing in place.
+    cut = [output.reshape(num_groups * group_len, output.shape[2])[:rows] for output in outputs]
+    y, *more = jax.lax.optimization_barrier(cut)
     return y, more[0] if more else None
 
 

@@ -25,9 +25,9 @@ from kogpt_jax.sharding import VOCAB_AXES
 Choice = Literal["auto", "ffi", "reference"]
 CHOICES: tuple[str, ...] = get_args(Choice)
 
-# Tokens read at once up to which `linear` is faster on a GPU than what reads more: XLA, `mixed_gemm`, `int8_gemm`
+# Tokens of prompts read at once for which groups of 64 are faster on a GPU than `mixed_gemm`
 # (docs/performance-notes.md, "Short prompts").
-_LINEAR_PREFILL_TOKENS = {"none": MAX_ROWS, "w8a16": 2 * MAX_ROWS, "w8a8": 0}
+_LINEAR_PREFILL_TOKENS = 2 * MAX_ROWS
 
 _logger = logging.getLogger("kogpt_jax")
 
@@ -98,8 +98,8 @@ def resolve_ops(
             if problems[op] is not None:
                 raise InputError(f"deterministic cannot be used: it takes the kernel of {op}, but {problems[op]}")
     best: dict[str, Any] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
-    if platform == "gpu" and problems["linear"] is None:
-        best["linear_prefill_tokens"] = _LINEAR_PREFILL_TOKENS[config.quant]
+    if platform == "gpu" and config.quant == "w8a16" and problems["linear"] is None:
+        best["linear_prefill_tokens"] = _LINEAR_PREFILL_TOKENS
     order: Literal["psum", "in_order"] = "in_order" if deterministic else "psum"
     sums: dict[str, Any] = {"all_reduce": order, "all_reduce_many_values": order}
     if platform == "gpu" and devices and num_along(devices, VOCAB_AXES) > 1:

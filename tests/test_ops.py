@@ -46,7 +46,7 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (KERNEL_CONFIG, "cpu", REFERENCE),
         (QUANTIZED, "cpu", KERNELS),
-        (KERNEL_CONFIG, "gpu", dataclasses.replace(ON_GPU, linear_many_rows="reference", linear_prefill_tokens=64)),
+        (KERNEL_CONFIG, "gpu", dataclasses.replace(ON_GPU, linear_many_rows="reference")),
         (QUANTIZED, "gpu", dataclasses.replace(ON_GPU, linear_prefill_tokens=128, gemm="ffi")),
         (W8A8, "cpu", KERNELS),
         (W8A8, "gpu", dataclasses.replace(ON_GPU, gemm="ffi")),
@@ -137,8 +137,8 @@ def test_kernels_that_do_not_fit_the_model_are_refused_by_name(config, named):
 PREFILL_OPS = pytest.mark.parametrize(
     ("quant", "chosen"),
     [
-        ("none", OpsConfig(linear_prefill_tokens=150)),
-        ("w8a16", OpsConfig(linear_prefill_tokens=150)),
+        ("none", dataclasses.replace(KERNELS, linear_prefill_tokens=150)),
+        ("w8a16", dataclasses.replace(KERNELS, linear_prefill_tokens=150)),
         ("w8a16", OpsConfig(gemm="linear")),
     ],
     ids=["few tokens", "few tokens, w8a16", "any number, w8a16"],
@@ -149,7 +149,7 @@ PREFILL_OPS = pytest.mark.parametrize(
 @PREFILL_OPS
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_prompts_products_by_linear_are_those_of_xla(dtype, quant, chosen):
-    """Both products of a layer, of fewer rows than a group, of more, and of more groups than are unrolled."""
+    """Both products of a layer, of fewer rows than a group and of more."""
     config = dataclasses.replace(KERNEL_CONFIG, dtype=dtype, quant=quant)
     (_, dim), (_, act_dim) = layer_products(config)
     rng = np.random.default_rng(0)
@@ -169,7 +169,7 @@ def test_prompts_products_by_linear_are_those_of_xla(dtype, quant, chosen):
         gelu = {"layer_norm": layer_norm, "bias": bias[dim:], "gelu_from": 3 * dim, "act_dim": act_dim}
         calls: list[tuple[jax.Array, Any, dict[str, Any]]] = [
             (x, w_in, gelu),
-            (act, w_out, {"bias": bias[:dim], "residual": x, "prefetch_weight": True}),
+            (act, w_out, {"bias": bias[:dim], "residual": x}),
             (act, w_out, {"out_dtype": jnp.float32, "k_multiplier": k_multiplier}),
         ]
         for value, weight, options in calls:
