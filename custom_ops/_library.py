@@ -54,6 +54,7 @@ class LibraryInfo:
     version: str | None = None  # of the package that it was compiled from
     source_hash: str | None = None  # a digest of its kernels' sources, compilers and architectures
     gemm_hash: str | None = None  # CUDA: of the sources of products of many rows; else that of all
+    instruction_set: str | None = None  # Host: what its code is chosen for here, "portable", "avx2" or "avx512"
     # CUDA: how its products of many rows can be cut on this machine's GPU, by op; `tile` is an index of the names.
     tiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -219,6 +220,7 @@ def _read_info(name: str, path: pathlib.Path, library: ctypes.CDLL) -> LibraryIn
         version=_strings(library, "KogptOpsVersion")[0],
         source_hash=_strings(library, "KogptOpsSourceHash")[0],
         gemm_hash=_strings(library, "KogptOpsGemmHash")[0],
+        instruction_set=_strings(library, "KogptOpsHostIsa")[0] if name == "host" else None,
         tiles=tiles,
     )
 

@@ -160,6 +160,8 @@ def _ops_facts(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for library in report["libraries"]:
         if library["path"] is not None:
             built = [*library["architectures"], *library["compilers"]]
+            if library["instruction_set"] is not None:
+                built.append(library["instruction_set"])
             if library["ffi_version"] is not None:
                 built.append(f"XLA FFI {_dotted(library['ffi_version'])}")
             yield f"{library['name']} library", ", ".join([library["path"], *built])

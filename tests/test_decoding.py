@@ -123,12 +123,14 @@ def test_of_the_last_layer_only_the_last_tokens_are_read(quant: Quant):
 
 @pytest.fixture(scope="module", params=["prefill", "decode_loop"])
 def call(request: pytest.FixtureRequest, engine: KoGPT) -> Call:
-    return make_call(engine, request.param)
+    """By XLA: what the kernels have for themselves is larger than this cache."""
+    return make_call(KoGPT(engine.config, engine.leaves, engine.mesh, implementation="reference"), request.param)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode_loop"])
 def test_an_int8_cache_is_updated_in_place(phase):
-    call = make_call(KoGPT.from_random(dataclasses.replace(CONFIG, kv_dtype="int8")), phase)
+    config = dataclasses.replace(CONFIG, kv_dtype="int8")
+    call = make_call(KoGPT.from_random(config, implementation="reference"), phase)
     compiled = call.donating.lower(*call.args, **call.static).compile()
     pages = (call.cache.k, call.cache.v)
     assert len(jax.tree.leaves(pages)) == 4 * CONFIG.num_layers  # values and scales

@@ -38,7 +38,8 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     digest = case.write(directory)
     with np.load(GOLDENS / f"{case.name}.npz") as file:
         golden = dict(file)
-    return Loaded(case, digest, KoGPT.from_pretrained(directory, dtype="fp32"), golden)
+    engine = KoGPT.from_pretrained(directory, dtype="fp32", implementation="reference")
+    return Loaded(case, digest, engine, golden)
 
 
 def check_completion(completion: Completion, loaded: Loaded, index: int) -> None:

@@ -85,6 +85,7 @@ class FakeLibrary(ctypes.CDLL):
         self.KogptOpsVersion = lambda: b"1.2.3"
         self.KogptOpsSourceHash = lambda: b"0123456789abcdef"
         self.KogptOpsGemmHash = lambda: b"fedcba9876543210"
+        self.KogptOpsHostIsa = lambda: b"avx2"
 
     def KogptOpsFfiVersion(self, major, minor):
         major._obj.value, minor._obj.value = 0, 9
@@ -207,6 +208,7 @@ def test_library_info():
     assert host.compilers
     assert host.version == kogpt_jax.__version__
     assert re.fullmatch("[0-9a-f]{16}", str(host.source_hash))
+    assert host.instruction_set in ("portable", "avx2", "avx512")
     assert not host.tiles
     assert cuda.name == "cuda"
 

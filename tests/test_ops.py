@@ -38,13 +38,14 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with both libraries and what fits the model: only the choice counts."""
     for op in ("linear", "decode_attention", "prefill_attention", "int8_gemm", "mixed_gemm"):
         monkeypatch.setattr(ops, f"{op}_ffi_problem", lambda **_: None)
+    monkeypatch.setattr(ops, "library_info", lambda: (_library.LibraryInfo("host", instruction_set="avx2"),))
 
 
 @pytest.mark.usefixtures("all_there")
 @pytest.mark.parametrize(
     ("config", "platform", "expected"),
     [
-        (KERNEL_CONFIG, "cpu", REFERENCE),
+        (KERNEL_CONFIG, "cpu", dataclasses.replace(KERNELS, linear_many_rows="reference")),
         (QUANTIZED, "cpu", KERNELS),
         (KERNEL_CONFIG, "gpu", dataclasses.replace(ON_GPU, linear_many_rows="reference")),
         (QUANTIZED, "gpu", dataclasses.replace(ON_GPU, linear_prefill_tokens=128, gemm="ffi")),
@@ -56,8 +57,18 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_is_the_faster_one(config, platform, expected):
     assert resolve_ops(config, "auto", platform=platform) == expected
     assert resolve_ops(config, "reference", platform=platform) == REFERENCE
-    all_kernels = KERNELS if platform == "cpu" else dataclasses.replace(expected, linear_many_rows="ffi")
-    assert resolve_ops(config, "ffi", platform=platform) == all_kernels
+    assert resolve_ops(config, "ffi", platform=platform) == dataclasses.replace(expected, linear_many_rows="ffi")
+
+
+@pytest.mark.usefixtures("all_there")
+def test_auto_leaves_a_cpu_that_kernels_are_not_written_for_to_xla(monkeypatch):
+    """But for INT8 weights, and where deterministic takes kernels."""
+    for instruction_set in (None, "portable"):
+        host = _library.LibraryInfo("host", instruction_set=instruction_set)
+        monkeypatch.setattr(ops, "library_info", lambda host=host: (host,))
+        assert resolve_ops(KERNEL_CONFIG, "auto", platform="cpu") == REFERENCE
+        assert resolve_ops(QUANTIZED, "auto", platform="cpu") == KERNELS
+        assert resolve_ops(KERNEL_CONFIG, "auto", platform="cpu", deterministic=True).linear == "ffi"
 
 
 def test_auto_leaves_prompts_of_too_many_rows_to_xla(monkeypatch):
@@ -131,7 +142,7 @@ def test_kernels_that_do_not_fit_the_model_are_refused_by_name(config, named):
         KoGPT.from_random(config, implementation="ffi")
     assert all(name in str(caught.value) for name in named)
     assert "\n" not in str(caught.value)
-    assert "ffi" not in describe(resolve_ops(dataclasses.replace(config, num_heads=4), "auto", platform="cpu"))
+    assert getattr(resolve_ops(config, "auto", platform="cpu"), named[0]) == "reference"
 
 
 PREFILL_OPS = pytest.mark.parametrize(
