@@ -1,5 +1,6 @@
 """Set-up of a test run: the device, the cache folder, and what a run that asks for a GPU or the oracle must have."""
 
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -7,7 +8,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import jaxtyping
@@ -123,3 +125,10 @@ def _runtime() -> None:
     from kogpt_jax import runtime
 
     runtime.configure()
+
+
+@pytest.fixture
+def import_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a script of benchmarks/ by its name, which sees the others there."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module

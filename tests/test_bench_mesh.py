@@ -1,19 +1,16 @@
 """What benchmarks/bench_mesh.py derives from its measurements; the measuring itself is for real devices."""
 
-import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kogpt_jax.config import KOGPT_6B
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    return __import__("bench_mesh")
+def bench(import_benchmark: Callable[[str], Any]) -> Any:
+    return import_benchmark("bench_mesh")
 
 
 def test_every_mesh_of_so_many_devices_is_named_once(bench):
@@ -22,9 +19,9 @@ def test_every_mesh_of_so_many_devices_is_named_once(bench):
     assert len(set(bench.all_meshes(8))) == len(bench.all_meshes(8)) == 1 + 3 + 6 + 10
 
 
-def test_bytes_that_bound_a_step(bench):
+def test_bytes_that_bound_a_step(bench, import_benchmark):
     """Tensor shards share weights, a pipeline's stages read theirs one after another, and all share the cache."""
-    step_bytes = __import__("bench_generate").step_bytes
+    step_bytes = import_benchmark("bench_generate").step_bytes
     weights = step_bytes(KOGPT_6B, 0, 0)
     cache = step_bytes(KOGPT_6B, 8, 1000) - weights
     expected = {

@@ -1,17 +1,14 @@
 """What benchmarks/bench_vs_transformers_gpu.py makes of its measurements; the measuring itself is for a real device."""
 
-import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    return __import__("bench_vs_transformers_gpu")
+def bench(import_benchmark: Callable[[str], Any]) -> Any:
+    return import_benchmark("bench_vs_transformers_gpu")
 
 
 def test_ratios_are_to_the_fastest_way_at_the_same_batch(bench):

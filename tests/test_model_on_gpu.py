@@ -150,7 +150,7 @@ def test_logits_at_the_6b_layer_shape(
         round_in_the_open(monkeypatch)
     if quant != "none":
         errors["weights"] = error(step_logits(dequantized(kernels), tokens), oracle)
-        assert 1e-3 < errors["weights"] < 0.3
+        assert 1e-3 < errors["weights"] < (0.25 if quant == "w8a8" else 0.2)  # w8a8 has rounded activations, too
     print(dtype, quant, kv_dtype, batch, errors)
     if quant != "w8a8":
         assert errors["ffi"] <= 1.1 * errors["reference"]

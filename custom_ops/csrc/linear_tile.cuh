@@ -4,7 +4,6 @@
 #define CUSTOM_OPS_LINEAR_TILE_CUH_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "linear_outputs.cuh"
 #include "linear_prepare.cuh"

@@ -38,11 +38,14 @@ inline constexpr int kNumMixedTiles = sizeof(kMixedTiles) / sizeof(GemmTile);
 // Before Hopper there is one.
 inline constexpr int kNumPortableTiles = 1;
 
-// The fastest for a layer's two products at about these rows: INT8 with a short K on an H200, the others
-// on an H100 (docs/performance-notes.md).
+// The fastest on an H100 for a layer's two products at about these rows, below 512 on an H200
+// (docs/performance-notes.md).
 inline constexpr int ChooseInt8Tile(int64_t rows, int64_t k_dim) {
   if (rows <= 128 && k_dim <= 8192) return 0;
-  return rows <= 4096 ? 3 : 2;
+  if (rows <= 512) return 3;
+  if (rows <= 1024) return 4;
+  if (rows <= 4096) return k_dim > 8192 ? 3 : 5;
+  return 2;
 }
 
 inline constexpr int ChooseMixedTile(int64_t rows, int64_t k_dim) {
