@@ -9,6 +9,7 @@ A file holds what was measured on one model of device with one version of the ke
 is broken, or was made on another device, with other kernels or in another format, is ignored with one line.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -25,7 +26,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -36,6 +36,7 @@ FORMAT_VERSION = 2
 # For `tile`: the kernel chooses by the shape.
 TILE_BY_SHAPE = -1
 
+_BEFORE = np.zeros((), np.float32)  # the first number that a candidate gets
 _SAMPLE_S = 0.2  # what a sample may take by the reference's time, if that is two calls at least
 
 _SHIPPED_FOLDER = pathlib.Path(__file__).with_name("tuned")
@@ -164,7 +165,7 @@ def tile_index(op: str, dtype: Any, num_outputs: int, k_dim: int, rows: int) -> 
 
 
 def fastest_implementation(
-    platform: str, op: str, dtype: Any, shapes: Sequence[tuple[int, int]], usable: Collection[str]
+    platform: str, op: str, dtype: Any, shapes: Sequence[tuple[int, int]], usable: Collection[str], *, above: int = 0
 ) -> str | None:
     """The implementation that serves a model's products best over all the rows that were measured, or None if nothing
     was.
@@ -178,11 +179,12 @@ def fastest_implementation(
         dtype: of the result.
         shapes: (M, K) of each product.
         usable: the implementations to choose from.
+        above: up to so many rows something else serves, and they do not count.
     """
     table = load_table(platform)
     keys = [key for key in table if (key.op, key.dtype) == (op, np.dtype(dtype).name)]
     slowdowns: dict[str, list[float]] = {implementation: [] for implementation in usable}
-    for rows in sorted({key.rows for key in keys}):
+    for rows in sorted({key.rows for key in keys if key.rows > above}):
         entries = [table.get(Key.of(op, dtype, *shape, rows), ()) for shape in shapes]
         totals = {name: sum(_fastest_us(entry, name) for entry in entries) for name in usable}
         best = min(totals.values())
@@ -387,16 +389,22 @@ def tune(
     calls = int(_SAMPLE_S / (time.perf_counter() - begin))  # that a sample has room for
     operands = operands[: max(2, calls)]  # a call that is so slow leaves nothing in a cache anyway
     turns = max(1, min(turns, calls // len(operands)))
+
+    def compile_candidate(candidate: Candidate) -> tuple[Callable[[float, Any], Any], Callable[[], float]]:
+        check = jax.jit(candidate.run).lower(_BEFORE, operands[0]).compile()
+        return check, timing.compile_rotation(_step(candidate), operands, turns=turns)
+
     rejected: list[tuple[Choice, str]] = []
     samplers: dict[Choice, Callable[[], float]] = {}
-    for candidate in candidates:
+    # Most of the time is XLA's, which compiles on as many cores as there are; nothing runs beside what is timed.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = [pool.submit(compile_candidate, candidate) for candidate in candidates]
+    for candidate, program in zip(candidates, programs, strict=True):
         try:
-            results = defined(jax.jit(candidate.run)(jnp.zeros((), jnp.float32), operands[0]))
-            if problem := _problem(results, expected, allowed(candidate)):
+            check, sample = program.result()
+            if problem := _problem(defined(check(_BEFORE, operands[0])), expected, allowed(candidate)):
                 rejected.append((candidate.choice, problem))
                 continue
-            del results
-            sample = timing.compile_rotation(_step(candidate), operands, turns=turns)
             sample()
             samplers[candidate.choice] = sample
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:  # such as too little memory

@@ -100,8 +100,7 @@ def resolve_ops(
             if problems[op] is not None:
                 raise InputError(f"deterministic cannot be used: it takes the kernel of {op}, but {problems[op]}")
     best: dict[str, Any] = {op: "reference" if problem else "ffi" for op, problem in problems.items()}
-    if platform == "gpu" and config.quant == "w8a16" and problems["linear"] is None:
-        best["linear_prefill_tokens"] = _LINEAR_PREFILL_TOKENS
+    best["linear_prefill_tokens"] = linear_prefill_tokens(config, platform=platform, num_shards=num_shards)
     order: Literal["psum", "in_order"] = "in_order" if deterministic else "psum"
     sums: dict[str, Any] = {"all_reduce": order, "all_reduce_many_values": order}
     if platform == "gpu" and devices and num_along(devices, VOCAB_AXES) > 1:
@@ -129,7 +128,9 @@ def resolve_ops(
         gemm, *others = gemm_implementations(config, platform=platform, num_shards=num_shards)
         if others:
             usable, shapes = (gemm, *others), layer_products(config, num_shards)
-            fastest = autotune.fastest_implementation(platform, gemm_op(config), config.jax_dtype, shapes, usable)
+            fastest = autotune.fastest_implementation(
+                platform, gemm_op(config), config.jax_dtype, shapes, usable, above=best["linear_prefill_tokens"]
+            )
             gemm = cast(GemmImplementation, fastest or gemm)
     best.pop("gemm", None)
     many_rows: Any = best["linear"] if is_quantized or deterministic else "reference"
@@ -152,6 +153,13 @@ def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int 
     if _linear_problem(config, platform, num_shards) is None:
         found.append("linear")
     return tuple(found)
+
+
+def linear_prefill_tokens(config: ModelConfig, *, platform: str, num_shards: int = 1) -> int:
+    """Up to how many tokens of whole sequences the layers' products are `linear`'s, whatever runs those of more."""
+    if platform == "gpu" and config.quant == "w8a16" and _linear_problem(config, platform, num_shards) is None:
+        return _LINEAR_PREFILL_TOKENS
+    return 0
 
 
 def gemm_op(config: ModelConfig) -> str:

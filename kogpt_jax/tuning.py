@@ -29,7 +29,7 @@ from kogpt_jax import checkpoint, demo
 from kogpt_jax.config import DEMO, KOGPT_6B, Dtype, GemmImplementation, ModelConfig, OpsConfig, Quant
 from kogpt_jax.errors import InputError, one_line
 from kogpt_jax.model import model_def, prefill_linear
-from kogpt_jax.ops import gemm_implementations, gemm_op, layer_products
+from kogpt_jax.ops import gemm_implementations, gemm_op, layer_products, linear_prefill_tokens
 from kogpt_jax.progress import progress_bar
 from kogpt_jax.sharding import Split
 
@@ -110,7 +110,10 @@ def make_problems(
         implementations = gemm_implementations(config, platform=platform, num_shards=num_shards)
         (in_outputs, dim), (_, act_dim) = layer_products(config, num_shards)
         # Many rows first: what counts most is there if the rest is broken off.
-        buckets = sorted({Key.of("", config.jax_dtype, 1, 1, number).rows for number in rows}, reverse=True)
+        fewest = linear_prefill_tokens(config, platform=platform, num_shards=num_shards) + 1
+        buckets = sorted(
+            {Key.of("", config.jax_dtype, 1, 1, number).rows for number in rows if number >= fewest}, reverse=True
+        )
         in_keys = [Key.of(gemm_op(config), config.jax_dtype, in_outputs, dim, bucket) for bucket in buckets]
         out_keys = [dataclasses.replace(key, num_outputs=dim, k_dim=act_dim) for key in in_keys]
         problems += [Problem(key, config, implementations, 3 * (dim // num_shards), act_dim) for key in in_keys]

@@ -135,13 +135,10 @@ def test_a_candidate_that_cannot_run_is_rejected(product):
 
 def test_the_wrong_one_is_the_fastest_and_the_next_best_is_taken(product, monkeypatch):
     """Each program takes as long as it says, and the median of its rounds counts."""
-    told = iter([[9.0, 3.0, 2.0], [9.0, 6.0, 1.0]])  # the first sample of each is thrown away
-
-    def compile_rotation(step, weights, *, turns):
-        samples = iter(next(told))
-        return lambda: next(samples)
-
-    monkeypatch.setattr(timing, "compile_rotation", compile_rotation)
+    # The first sample of each is thrown away.
+    told = {"slow": iter([9.0, 3.0, 2.0]), "slower": iter([9.0, 6.0, 1.0]), "quick": iter([0.1, 0.1, 0.1])}
+    monkeypatch.setattr(autotune, "_step", lambda candidate: candidate.choice.implementation)
+    monkeypatch.setattr(timing, "compile_rotation", lambda name, weights, *, turns: lambda: next(told[name]))
     quick = wrong(product, "quick", lambda y, act: (jnp.ones_like(y), jnp.ones_like(act)))
     outcome = tune(product, right(product, "slow"), quick, right(product, "slower"))
     assert outcome.timings == (Timing(Choice("slow"), 2.5), Timing(Choice("slower"), 3.5))
@@ -267,6 +264,7 @@ def test_one_implementation_serves_all_rows(caplog):
     assert fastest() == "linear"
     save(1024, reference=(100, 100), linear=(300, 420), ffi=(100, 60))
     assert fastest() == "reference"  # 4 and 1.25 times the fastest; linear 1 and 4.5; ffi cannot run 64 rows
+    assert autotune.fastest_implementation("gpu", "mixed_gemm", BF16, shapes, usable, above=64) == "ffi"
     save(64, reference=(10, 10), linear=(1, 4), ffi=(2, 4))
     assert fastest() == "ffi"
     assert autotune.fastest_implementation("gpu", "mixed_gemm", BF16, shapes, usable[:1]) == "reference"

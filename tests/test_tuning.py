@@ -13,6 +13,7 @@ from custom_ops import LibraryInfo, _library, autotune, quantize_weight
 from custom_ops.autotune import Choice, Device, Key, Timing
 from kogpt_jax import ops, tuning
 from kogpt_jax.config import ModelConfig
+from kogpt_jax.errors import InputError
 from kogpt_jax.ops import layer_products, resolve_ops
 
 QUANTIZED = dataclasses.replace(KERNEL_CONFIG, quant="w8a16")
@@ -73,6 +74,20 @@ def test_a_gpu_that_was_not_measured_is_told_of_once(all_there, times, monkeypat
         assert resolve_ops(W8A8, "auto", platform="gpu").gemm == "ffi"
     said = [record.getMessage() for record in caplog.records]
     assert [message.split()[0] for message in said] == ["mixed_gemm", "int8_gemm"]
+
+
+@pytest.mark.usefixtures("all_there")
+def test_what_linear_reads_in_any_case_is_not_measured(monkeypatch):
+    monkeypatch.setattr(tuning, "_tiles", lambda config: ("a", "b"))
+
+    def rows(config: ModelConfig, numbers: list[int], platform: str = "gpu") -> list[int]:
+        return [problem.key.rows for problem in tuning.make_problems([config], numbers, platform=platform)]
+
+    assert rows(QUANTIZED, [16, 128, 129, 512]) == [512, 256] * 2
+    assert rows(QUANTIZED, [16, 512], "cpu") == [512, 16] * 2
+    assert rows(W8A8, [16, 512]) == [512, 16] * 2
+    with pytest.raises(InputError, match="there is nothing to measure"):
+        rows(QUANTIZED, [128])
 
 
 @pytest.mark.usefixtures("all_there")
