@@ -112,7 +112,7 @@ def measure(kind: str, product: str, rows: int, config: ModelConfig, turns: int,
     step, weight_kind = make_step(kind, product, rows, config)
     weights = make_weights(config, product, weight_kind, config.num_layers)
 
-    sample = compile_rotation(step, weights, turns=turns)
+    sample = compile_rotation(step, weights, turns=turns).sample
     times = [sample() for _ in range(1 + repeats)]
     return {"us": statistics.median(times[1:]), "us_min": min(times[1:]), "us_max": max(times[1:])}
 

@@ -36,7 +36,8 @@ FORMAT_VERSION = 2
 # For `tile`: the kernel chooses by the shape.
 TILE_BY_SHAPE = -1
 
-_BEFORE = np.zeros((), np.float32)  # the first number that a candidate gets
+# Of programs whose results alone count: without the many ways to a product that XLA on GPUs would compile and time.
+_AS_IT_COMES: Any = {"xla_gpu_enable_triton_gemm": False}
 _SAMPLE_S = 0.2  # what a sample may take by the reference's time, if that is two calls at least
 
 _SHIPPED_FOLDER = pathlib.Path(__file__).with_name("tuned")
@@ -369,15 +370,16 @@ def tune(
         rounds: samples of a candidate; their median counts. Each begins with another candidate.
     """
     defined = functools.partial(_defined, num_gelu=num_gelu)
-    expected = defined(jax.jit(oracle)(operands[0]))
-    run_reference = jax.jit(reference)
+    run_oracle = jax.jit(oracle, compiler_options=_AS_IT_COMES)
+    run_reference = jax.jit(reference, compiler_options=_AS_IT_COMES)
+    expected = defined(run_oracle(operands[0]))
     plain = defined(run_reference(operands[0]))
     own_errors = [_error(got, wanted) for got, wanted in zip(plain, expected, strict=True)]
 
     def allowed(candidate: Candidate) -> list[float]:
         errors = own_errors
         if candidate.rounded is not None:
-            rounded = defined(jax.jit(oracle)(candidate.rounded(operands[0])))
+            rounded = defined(run_oracle(candidate.rounded(operands[0])))
             errors = [max(own, _error(*pair)) for own, *pair in zip(own_errors, rounded, expected, strict=True)]
         return [
             tolerance.allowed_error(error, got.dtype, tensor_core_k=tensor_core_k)
@@ -389,33 +391,30 @@ def tune(
     calls = int(_SAMPLE_S / (time.perf_counter() - begin))  # that a sample has room for
     operands = operands[: max(2, calls)]  # a call that is so slow leaves nothing in a cache anyway
     turns = max(1, min(turns, calls // len(operands)))
-
-    def compile_candidate(candidate: Candidate) -> tuple[Callable[[float, Any], Any], Callable[[], float]]:
-        check = jax.jit(candidate.run).lower(_BEFORE, operands[0]).compile()
-        return check, timing.compile_rotation(_step(candidate), operands, turns=turns)
-
-    rejected: list[tuple[Choice, str]] = []
-    samplers: dict[Choice, Callable[[], float]] = {}
     # Most of the time is XLA's, which compiles on as many cores as there are; nothing runs beside what is timed.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = [pool.submit(compile_candidate, candidate) for candidate in candidates]
-    for candidate, program in zip(candidates, programs, strict=True):
+        rotations = [
+            pool.submit(timing.compile_rotation, _step(candidate), operands, turns=turns) for candidate in candidates
+        ]
+    rejected: list[tuple[Choice, str]] = []
+    right: dict[Choice, timing.Rotation] = {}
+    for candidate, compiled in zip(candidates, rotations, strict=True):
         try:
-            check, sample = program.result()
-            if problem := _problem(defined(check(_BEFORE, operands[0])), expected, allowed(candidate)):
-                rejected.append((candidate.choice, problem))
-                continue
-            sample()
-            samplers[candidate.choice] = sample
+            rotation = compiled.result()
+            problem = _problem(defined(rotation.results()), expected, allowed(candidate))
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:  # such as too little memory
-            rejected.append((candidate.choice, str(error).splitlines()[0]))
-    samples: dict[Choice, list[float]] = {choice: [] for choice in samplers}
+            problem = str(error).splitlines()[0]
+        if problem is None:
+            right[candidate.choice] = rotation
+        else:
+            rejected.append((candidate.choice, problem))
+    samples: dict[Choice, list[float]] = {choice: [] for choice in right}
     for number in range(rounds):
         # Another begins each time: the first meets the coolest device, and looked 4 % faster on an H100.
-        order = list(samplers)
+        order = list(right)
         shift = number * len(order) // rounds
         for choice in order[shift:] + order[:shift]:
-            samples[choice].append(samplers[choice]())
+            samples[choice].append(right[choice].sample())
     timings = [Timing(choice, round(statistics.median(times), 3)) for choice, times in samples.items()]
     return Outcome(tuple(sorted(timings, key=lambda timed: timed.us)), tuple(rejected))
 

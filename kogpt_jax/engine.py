@@ -62,6 +62,9 @@ FinishReason = Literal["stop", "length"]
 # needs.
 STEPS_PER_CHUNK = 8
 
+# Of a device's memory that the weights leave: for small caches of batches that are done.
+_KEPT_SHARE = 1 / 32
+
 _GPTJ_DEFAULT_EOS = 50256
 
 # Programs that sum over devices by the project's kernel must begin in one order on all of them
@@ -190,8 +193,8 @@ class KoGPT:
         self._static: dict[str, Any] = {"definition": self._definition, "mesh": mesh}  # of every phase
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
-        self._kept_cache: KVCache | None = None  # the last batch's, emptied: for the next one if it is alike
         self._no_hidden: dict[int, jax.Array] = {}  # by rows of a batch: what `decoding.prefill` takes first
+        self._kept_caches = kv_cache.KeptCaches(config, mesh, _unused_bytes(mesh) * _KEPT_SHARE)
 
     @classmethod
     def from_pretrained(
@@ -401,7 +404,7 @@ class KoGPT:
         ids = self._checked_ids(0, token_ids)
         distributed.check_same("token ids", ids)
         chunks = self._pack_whole(deal([ids], self.mesh.shape["data"]), 1)
-        self._kept_cache = None
+        self._kept_caches.clear()
         logits = distributed.fetch(self._start(decoding.all_logits, self.leaves, chunks))
         return logits[0, : len(token_ids)].copy()  # cut here: on the device each length would be a program
 
@@ -587,7 +590,7 @@ class KoGPT:
                     under_way.append(_fetched(emitted))
                     num_dispatched += STEPS_PER_CHUNK
                 if state is not None and num_dispatched >= most:  # here, where the host would wait for the devices
-                    self._keep(state.cache)
+                    self._kept_caches.keep(state.cache)
                     state = None
                 if not under_way:
                     return
@@ -595,32 +598,19 @@ class KoGPT:
                 yield emitted
                 if emitted.all_done:
                     if state is not None:
-                        self._keep(state.cache)
+                        self._kept_caches.keep(state.cache)
                     return
         except BaseException as error:
             # The last step may have taken the cache, or spoilt it. Where the generator is closed, a cache in use is
             # lost: the end of the interpreter closes it, too, and no program may start there.
             if not isinstance(error, GeneratorExit):
-                self._kept_cache = None
+                self._kept_caches.clear()
             raise
 
     def _start(self, phase: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Calls a jitted phase: returns once it has begun, or will begin next, on all devices."""
         with _STARTING:
             return phase(*args, **options, **self._static)
-
-    def _keep(self, cache: KVCache) -> None:
-        """For the next batch: rows without tokens over the same pages."""
-        page_table, lengths = kv_cache.make_rows(self.config, self.mesh, cache.page_table.shape[0], cache.max_len)
-        self._kept_cache = dataclasses.replace(cache, page_table=page_table, lengths=lengths)
-
-    def _take_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of rows without tokens; the kept one if it fits, which saves making pages."""
-        kept, self._kept_cache = self._kept_cache, None
-        if kept is not None and (kept.page_table.shape[0], kept.max_len) == (batch, capacity):
-            return kept
-        del kept  # before there are two
-        return kv_cache.make_kv_cache(self.config, self.mesh, batch, capacity)
 
     def _empty_hidden(self, rows: int) -> jax.Array:
         if rows not in self._no_hidden:
@@ -631,7 +621,7 @@ class KoGPT:
         """Reads the prompts of a batch into a new cache and samples their first tokens; None is a row of padding."""
         rows = [_PADDING if request is None else request for request in slots]
         capacity = self.cache_capacity([(len(row.prompt_ids), row.max_new_tokens) for row in rows])
-        cache = self._take_cache(len(rows), capacity)
+        cache = self._kept_caches.take(len(rows), capacity)
         last_hidden = self._empty_hidden(len(rows))
         if self.deterministic:
             cache, last_hidden = self._read_one_by_one(slots, cache, last_hidden)
@@ -667,10 +657,11 @@ class KoGPT:
             shard, row = divmod(slot, len(slots) // num_shards)
             prompts = [request.prompt_ids if other == shard else () for other in range(num_shards)]
             capacity = self.cache_capacity([(len(request.prompt_ids), 1)])
-            own_cache = kv_cache.make_kv_cache(self.config, self.mesh, num_shards, capacity)
-            own = self._read(prompts, own_cache, self._empty_hidden(num_shards))
+            own_cache = self._kept_caches.take(num_shards, capacity)
+            own_cache, own_hidden = self._read(prompts, own_cache, self._empty_hidden(num_shards))
             rows = jnp.asarray(np.where(np.arange(num_shards) == shard, row, -1).astype(np.int32))
-            cache, last_hidden = decoding.put_row(cache, last_hidden, *own, rows, **self._static)
+            cache, last_hidden = decoding.put_row(cache, last_hidden, own_cache, own_hidden, rows, **self._static)
+            self._kept_caches.keep(own_cache)
         return cache, last_hidden
 
     def _pack_whole(self, slots: Sequence[Sequence[int] | None], num_chunks: int) -> Packed:
@@ -681,8 +672,8 @@ class KoGPT:
     def _scored_together(self, lens: Sequence[int]) -> Iterator[list[int]]:
         """Groups texts that fit the devices, long ones first, into as many tokens as prefill reads at a time."""
         group: list[int] = []
+        self._kept_caches.clear()
         free = self._free_bytes()
-        self._kept_cache = None
         most = 1 if self.deterministic else self.max_batch_size
         for index in sorted(range(len(lens)), key=lambda index: lens[index], reverse=True):
             num_tokens = sum(lens[other] for other in group) + lens[index]
@@ -724,6 +715,9 @@ class KoGPT:
                 lens = [(len(request.prompt_ids), request.max_new_tokens) for request in group]
                 needed = self._batch_bytes(lens)
                 free = self._free_bytes()
+                if needed > free and self._kept_caches:
+                    self._kept_caches.clear()
+                    free = self._free_bytes()
                 if needed <= free:
                     break
                 if len(group) == 1:
@@ -769,15 +763,8 @@ class KoGPT:
         return needed
 
     def _free_bytes(self) -> float:
-        """Memory left on the fullest device once the kept cache has gone; on a CPU what the host has available. The
-        same in all processes."""
-        stats = [device.memory_stats() for device in self.mesh.local_devices]
-        free = min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
-        if self._kept_cache is not None:
-            rows = self._kept_cache.page_table.shape[0] // self.mesh.shape["data"]
-            of_row = kv_cache.cache_bytes_per_row(self.config, self._kept_cache.max_len, Split.of(self.mesh))
-            free += rows * of_row
-        return distributed.smallest(free)
+        """Memory that a batch may take on the fullest device. The same in all processes."""
+        return _unused_bytes(self.mesh) + self._kept_caches.bytes_that_give_way()
 
 
 def _resolve_ops(
@@ -835,6 +822,14 @@ def _check_max_batch_size(max_batch_size: int) -> None:
 
 def _too_large(what: str, needed: float, free: float) -> InputError:
     return InputError(f"{what} needs {needed / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} GiB are free")
+
+
+def _unused_bytes(mesh: Mesh) -> float:
+    """Memory left on the fullest device; on a CPU what the host has available. The same in all processes."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return distributed.smallest(
+        min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
+    )
 
 
 def _available_host_bytes() -> float:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import stat
+import types
 from collections.abc import Iterable
 
 import jax
@@ -135,10 +136,21 @@ def test_a_candidate_that_cannot_run_is_rejected(product):
 
 def test_the_wrong_one_is_the_fastest_and_the_next_best_is_taken(product, monkeypatch):
     """Each program takes as long as it says, and the median of its rounds counts."""
-    # The first sample of each is thrown away.
-    told = {"slow": iter([9.0, 3.0, 2.0]), "slower": iter([9.0, 6.0, 1.0]), "quick": iter([0.1, 0.1, 0.1])}
-    monkeypatch.setattr(autotune, "_step", lambda candidate: candidate.choice.implementation)
-    monkeypatch.setattr(timing, "compile_rotation", lambda name, weights, *, turns: lambda: next(told[name]))
+    told = {"slow": iter([3.0, 2.0]), "slower": iter([6.0, 1.0]), "quick": iter([0.1, 0.1])}
+    names = {}
+    make_step, compile_rotation = autotune._step, timing.compile_rotation
+
+    def named_step(candidate):
+        step = make_step(candidate)
+        names[step] = candidate.choice.implementation
+        return step
+
+    def compile_told(step, operands, *, turns):
+        rotation = compile_rotation(step, operands, turns=turns)
+        return types.SimpleNamespace(results=rotation.results, sample=lambda: next(told[names[step]]))
+
+    monkeypatch.setattr(autotune, "_step", named_step)
+    monkeypatch.setattr(timing, "compile_rotation", compile_told)
     quick = wrong(product, "quick", lambda y, act: (jnp.ones_like(y), jnp.ones_like(act)))
     outcome = tune(product, right(product, "slow"), quick, right(product, "slower"))
     assert outcome.timings == (Timing(Choice("slow"), 2.5), Timing(Choice("slower"), 3.5))
@@ -157,10 +169,12 @@ def test_the_rotation_calls_a_step_for_each_weight_and_turn():
         jax.debug.callback(lambda value: seen.append(float(value)), weight[0, 0])
         return timing.with_next(weight + before)
 
-    sample = timing.compile_rotation(step, [jnp.full((1, 1), number, jnp.float32) for number in (1, 2, 3)], turns=4)
-    assert sample() > 0
+    rotation = timing.compile_rotation(step, [jnp.full((1, 1), number, jnp.float32) for number in (1, 2, 3)], turns=4)
+    assert rotation.sample() > 0
     jax.effects_barrier()
     assert sorted(seen) == sorted([1.0, 2.0, 3.0] * 4)
+    (result,) = rotation.results()
+    assert result.tolist() == [[1.0]]  # of the first operands: what went before changes nothing
 
 
 def test_the_error_is_that_of_the_tests():

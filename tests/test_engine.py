@@ -315,10 +315,8 @@ def test_free_bytes_are_those_of_the_fullest_device(engine, monkeypatch):
         def memory_stats(self):
             return {"bytes_limit": 100, "bytes_in_use": self.in_use}
 
-    class FakeMesh:
-        local_devices = [Device(10), Device(70), Device(0)]
-
-    monkeypatch.setattr(engine, "mesh", FakeMesh())
+    engine._kept_caches.clear()
+    monkeypatch.setattr(type(engine.mesh), "local_devices", [Device(10), Device(70), Device(0)])
     assert engine._free_bytes() == 30
 
 

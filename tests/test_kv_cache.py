@@ -16,8 +16,9 @@ from custom_ops.pages import append as append_tokens
 from custom_ops.pages import gather as gather_pages
 from custom_ops.pages import valid_tokens
 from kogpt_jax import KoGPT, decoding, kv_cache, packing
+from kogpt_jax import engine as engine_module
 from kogpt_jax.config import ModelConfig
-from kogpt_jax.kv_cache import PAGE_LEN, KVCache
+from kogpt_jax.kv_cache import PAGE_LEN, KeptCaches, KVCache
 from kogpt_jax.sharding import Split, make_mesh
 
 INT8_CONFIG = dataclasses.replace(CONFIG, kv_dtype="int8")
@@ -180,10 +181,10 @@ def expected(engine):
 def with_cache(monkeypatch: pytest.MonkeyPatch, change) -> None:
     """Lets the engine start from a cache that ``change`` has been at."""
 
-    def take(engine: KoGPT, batch: int, capacity: int) -> KVCache:
-        return change(kv_cache.make_kv_cache(engine.config, engine.mesh, batch, capacity))
+    def take(caches: KeptCaches, batch: int, capacity: int) -> KVCache:
+        return change(kv_cache.make_kv_cache(caches._config, caches._mesh, batch, capacity))
 
-    monkeypatch.setattr(KoGPT, "_take_cache", take)
+    monkeypatch.setattr(KeptCaches, "take", take)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])
@@ -212,26 +213,39 @@ def test_which_pages_a_row_has_makes_no_difference(engine, expected, monkeypatch
     assert np.any(np.diff(tables[0]) != 1)
 
 
-def test_a_batch_takes_the_pages_of_the_last_one_if_they_fit(engine, expected, monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """The rows and the capacity of each cache that is made."""
     make, made = kv_cache.make_kv_cache, []
 
-    def watched(*args):
-        made.append(args)
-        return make(*args)
+    def watched(config, mesh, batch, capacity):
+        made.append((batch, capacity))
+        return make(config, mesh, batch, capacity)
 
     monkeypatch.setattr(kv_cache, "make_kv_cache", watched)
+    return made
+
+
+def test_a_batch_takes_the_pages_of_one_before_if_they_fit(engine, expected, monkeypatch, made):
+    engine._kept_caches.clear()
     engine.generate_ids(PROMPTS, PARAMS)
     phases: Any = (decoding.prefill, decoding.decode_loop)
     programs = [phase._cache_size() for phase in phases]
-    kept = jax.tree.leaves(engine._kept_cache.k)[0].unsafe_buffer_pointer()
-    assert not np.any(np.asarray(engine._kept_cache.lengths))  # emptied already
+    (kept,) = engine._kept_caches._caches.values()
+    assert not np.any(np.asarray(kept.lengths))  # emptied already
+    pages = jax.tree.leaves(kept.k)[0].unsafe_buffer_pointer()
     made.clear()
     assert engine.generate_ids(PROMPTS, PARAMS) == expected
     assert made == []
-    assert jax.tree.leaves(engine._kept_cache.k)[0].unsafe_buffer_pointer() == kept
+    (kept,) = engine._kept_caches._caches.values()
+    assert jax.tree.leaves(kept.k)[0].unsafe_buffer_pointer() == pages
     assert [phase._cache_size() for phase in phases] == programs
     engine.generate_ids(PROMPTS[:1], PARAMS[:1])
     assert len(made) == 1  # of another size
+    for _ in range(2):  # both are kept
+        assert engine.generate_ids(PROMPTS, PARAMS) == expected
+        engine.generate_ids(PROMPTS[:1], PARAMS[:1])
+    assert len(made) == 1
     stream = engine.stream_ids(PROMPTS, PARAMS)
     next(stream)
     with monkeypatch.context() as patch:
@@ -242,19 +256,60 @@ def test_a_batch_takes_the_pages_of_the_last_one_if_they_fit(engine, expected, m
         stream.close()  # in the middle; where it is the interpreter that ends, no program may start
     assert engine.generate_ids(PROMPTS, PARAMS) == expected
     engine.score_ids(PROMPTS[-1:])
-    assert engine._kept_cache is None  # its memory is for the score
+    assert not engine._kept_caches  # their memory is for the score
 
 
 def test_after_an_error_no_cache_is_kept(engine, expected, monkeypatch):
     def fail(*args, **static):
         raise RuntimeError("the device is gone")
 
+    engine.generate_ids(PROMPTS, PARAMS)
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "decode_loop", fail)
         with pytest.raises(RuntimeError, match="the device is gone"):
             engine.generate_ids(PROMPTS, PARAMS)
-    assert engine._kept_cache is None
+    assert not engine._kept_caches
     assert engine.generate_ids(PROMPTS, PARAMS) == expected
+
+
+def test_old_caches_are_kept_as_long_as_all_are_small(engine, made):
+    def num_bytes(*sizes: tuple[int, int]) -> int:
+        return sum(batch * kv_cache.cache_bytes_per_row(engine.config, capacity) for batch, capacity in sizes)
+
+    small, other, large = (1, 64), (1, 128), (4, 128)
+    caches = KeptCaches(engine.config, engine.mesh, num_bytes(small, other))
+
+    def use(size: tuple[int, int]) -> tuple[list[tuple[int, int]], bool]:
+        """What is kept then, and whether a cache had to be made."""
+        made.clear()
+        cache = caches.take(*size)
+        assert (cache.page_table.shape[0], cache.max_len) == size
+        caches.keep(cache)
+        return list(caches._caches), bool(made)
+
+    assert use(small) == ([small], True)
+    assert use(other) == ([small, other], True)
+    assert use(small) == ([other, small], False)
+    assert caches.bytes_that_give_way() == 0
+    assert use(large) == ([large], True)  # more than all may take, and the newest
+    assert caches.bytes_that_give_way() == num_bytes(large)
+    assert use(large) == ([large], False)
+    caches.take(*small)
+    assert not caches  # before there were two
+    caches.keep(kv_cache.make_kv_cache(engine.config, engine.mesh, *small))
+    caches.clear()
+    assert len(caches) == 0
+
+
+def test_small_kept_caches_give_way_to_a_batch_that_needs_their_memory(engine, monkeypatch):
+    caches = KeptCaches(engine.config, engine.mesh, 1e9)
+    monkeypatch.setattr(engine, "_kept_caches", caches)
+    engine.generate_ids(PROMPTS[:1], PARAMS[:1])
+    assert len(caches) == 1
+    needed = engine._batch_bytes([(len(prompt), 12) for prompt in PROMPTS])
+    monkeypatch.setattr(engine_module, "_unused_bytes", lambda mesh: needed - len(caches))
+    engine.generate_ids(PROMPTS, PARAMS)  # as one batch
+    assert [batch for batch, _ in caches._caches] == [len(PROMPTS)]
 
 
 def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):
