@@ -194,7 +194,7 @@ class KoGPT:
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
         self._no_hidden: dict[int, jax.Array] = {}  # by rows of a batch: what `decoding.prefill` takes first
-        self._kept_caches = kv_cache.KeptCaches(config, mesh, _unused_bytes(mesh) * _KEPT_SHARE)
+        self._kept_caches = kv_cache.KeptCaches(config, mesh, _unused_bytes(mesh.local_devices) * _KEPT_SHARE)
 
     @classmethod
     def from_pretrained(
@@ -764,7 +764,7 @@ class KoGPT:
 
     def _free_bytes(self) -> float:
         """Memory that a batch may take on the fullest device. The same in all processes."""
-        return _unused_bytes(self.mesh) + self._kept_caches.bytes_that_give_way()
+        return _unused_bytes(self.mesh.local_devices) + self._kept_caches.bytes_that_give_way()
 
 
 def _resolve_ops(
@@ -824,9 +824,10 @@ def _too_large(what: str, needed: float, free: float) -> InputError:
     return InputError(f"{what} needs {needed / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} GiB are free")
 
 
-def _unused_bytes(mesh: Mesh) -> float:
-    """Memory left on the fullest device; on a CPU what the host has available. The same in all processes."""
-    stats = [device.memory_stats() for device in mesh.local_devices]
+def _unused_bytes(devices: Sequence[Any]) -> float:
+    """Memory left on the fullest of this process's devices, and of all processes'; on a CPU what the host has
+    available."""
+    stats = [device.memory_stats() for device in devices]
     return distributed.smallest(
         min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
     )

@@ -17,6 +17,7 @@ import tolerances
 from small_model import CONFIG, EOS_NAME, greedy, log_softmax, prompt, unchecked_types
 
 from kogpt_jax import KOGPT_6B, Completion, KoGPT, SamplingParams, Score, Usage, decoding, kv_cache
+from kogpt_jax import engine as engine_module
 from kogpt_jax.engine import perplexity, resolve_eos
 from kogpt_jax.errors import InputError
 from kogpt_jax.model import model_def
@@ -307,7 +308,7 @@ def test_the_estimate_of_a_batch_holds_its_cache(engine):
     assert 10**6 < engine._free_bytes() < 10**15  # of a CPU: what the host has available
 
 
-def test_free_bytes_are_those_of_the_fullest_device(engine, monkeypatch):
+def test_unused_bytes_are_those_of_the_fullest_device():
     class Device:
         def __init__(self, in_use: int):
             self.in_use = in_use
@@ -315,9 +316,7 @@ def test_free_bytes_are_those_of_the_fullest_device(engine, monkeypatch):
         def memory_stats(self):
             return {"bytes_limit": 100, "bytes_in_use": self.in_use}
 
-    engine._kept_caches.clear()
-    monkeypatch.setattr(type(engine.mesh), "local_devices", [Device(10), Device(70), Device(0)])
-    assert engine._free_bytes() == 30
+    assert engine_module._unused_bytes([Device(10), Device(70), Device(0)]) == 30
 
 
 # -- Refusals ---------------------------------------------------------------------------------------------------------

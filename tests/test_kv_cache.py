@@ -307,7 +307,7 @@ def test_small_kept_caches_give_way_to_a_batch_that_needs_their_memory(engine, m
     engine.generate_ids(PROMPTS[:1], PARAMS[:1])
     assert len(caches) == 1
     needed = engine._batch_bytes([(len(prompt), 12) for prompt in PROMPTS])
-    monkeypatch.setattr(engine_module, "_unused_bytes", lambda mesh: needed - len(caches))
+    monkeypatch.setattr(engine_module, "_unused_bytes", lambda devices: needed - len(caches))
     engine.generate_ids(PROMPTS, PARAMS)  # as one batch
     assert [batch for batch, _ in caches._caches] == [len(PROMPTS)]
 
