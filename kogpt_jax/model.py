@@ -617,9 +617,9 @@ def prefill_linear(
 ) -> tuple[Array, Array | None]:
     """A layer's product for whole sequences, with what `custom_ops.linear` has around it: (y, act).
 
-    ``quant="w8a8"`` rounds the activations to INT8, a scale a token. Of ``act``, [T, act_dim], the columns in front
-    of GELU's are attention's to fill. Without ``is_y_cut`` y may have more columns than ``gelu_from``: to cut XLA's
-    product for a kernel would copy it.
+    ``quant="w8a8"`` rounds the activations to INT8, a scale a token, or as `linear` does where that reads them. Of
+    ``act``, [T, act_dim], the columns in front of GELU's are attention's to fill. Without ``is_y_cut`` y may have more
+    columns than ``gelu_from``: to cut XLA's product for a kernel would copy it.
     """
     options: dict[str, Any] = {
         "bias": bias,
@@ -629,13 +629,14 @@ def prefill_linear(
         "out_dtype": out_dtype,
     }
     in_front: dict[str, Any] = {"layer_norm": layer_norm, "k_multiplier": k_multiplier}
-    if config.quant == "w8a8":
+    is_w8a8 = config.quant == "w8a8"
+    if x.shape[0] <= ops.linear_prefill_tokens:
+        outputs = decode_linear(x, weight, ops, make_semaphores(), int8_activations=is_w8a8, **in_front, **options)
+        return outputs[0], None if gelu_from is None else outputs[1]
+    if is_w8a8:
         assert isinstance(weight, QuantizedArray)
         quantized = quantize_rows(x, implementation=ops.gemm, **in_front)
         return int8_gemm(quantized, weight, dtype=config.jax_dtype, implementation=ops.gemm, **options)
-    if x.shape[0] <= ops.linear_prefill_tokens:
-        outputs = decode_linear(x, weight, ops, make_semaphores(), **in_front, **options)
-        return outputs[0], None if gelu_from is None else outputs[1]
     if layer_norm is not None:
         x = numerics.layer_norm(x, *layer_norm).astype(config.jax_dtype)
     if k_multiplier is not None:

@@ -18,7 +18,7 @@ from custom_ops import (
 from custom_ops.decode_steps import steps_problem
 from custom_ops.linear import MAX_ROWS
 from kogpt_jax.collectives import device_groups, num_along
-from kogpt_jax.config import DeviceGrid, GemmImplementation, ModelConfig, OpsConfig
+from kogpt_jax.config import DeviceGrid, GemmImplementation, ModelConfig, OpsConfig, Quant
 from kogpt_jax.errors import InputError
 from kogpt_jax.kv_cache import PAGE_LEN
 from kogpt_jax.sharding import VOCAB_AXES
@@ -26,9 +26,9 @@ from kogpt_jax.sharding import VOCAB_AXES
 Choice = Literal["auto", "ffi", "reference"]
 CHOICES: tuple[str, ...] = get_args(Choice)
 
-# Tokens of prompts read at once for which groups of 64 are faster on a GPU than `mixed_gemm`
+# Tokens of prompts read at once for which groups of 64 are faster on a GPU than what reads more tokens
 # (docs/performance-notes.md, "Short prompts").
-_LINEAR_PREFILL_TOKENS = 2 * MAX_ROWS
+_LINEAR_PREFILL_TOKENS: dict[Quant, int] = {"none": 0, "w8a16": 2 * MAX_ROWS, "w8a8": MAX_ROWS}
 
 _logger = logging.getLogger("kogpt_jax")
 
@@ -157,8 +157,8 @@ def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int 
 
 def linear_prefill_tokens(config: ModelConfig, *, platform: str, num_shards: int = 1) -> int:
     """Up to how many tokens of whole sequences the layers' products are `linear`'s, whatever runs those of more."""
-    if platform == "gpu" and config.quant == "w8a16" and _linear_problem(config, platform, num_shards) is None:
-        return _LINEAR_PREFILL_TOKENS
+    if platform == "gpu" and _linear_problem(config, platform, num_shards) is None:
+        return _LINEAR_PREFILL_TOKENS[config.quant]
     return 0
 
 

@@ -25,7 +25,7 @@ __all__ = ["test_a_row_of_a_step_has_the_same_bits_in_any_batch", "test_the_kern
 pytestmark = pytest.mark.gpu
 
 TWO_LAYERS = dataclasses.replace(KOGPT_6B, num_layers=2, dtype="fp32")
-PROMPT_LEN, NUM_STEPS = 100, 40  # over the end of a page of 64 tokens
+NUM_STEPS = 40
 
 
 def heavy_tailed(config: ModelConfig) -> list[jax.Array]:
@@ -53,16 +53,16 @@ def engine_of(config: ModelConfig, leaves: list[jax.Array], implementation: str)
 
 def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
     """Logits behind the prompts and behind each token that is read after them: teacher forcing through the cache."""
-    batch = tokens.shape[0]
+    batch, prompt_len = tokens.shape[0], tokens.shape[1] - NUM_STEPS
     config, mesh, definition = engine.config, engine.mesh, engine._definition
 
     @jax.jit
     def read(leaves, cache, tokens, semaphores):
         def local(leaves, cache, tokens, semaphores):
             model = definition.merge(leaves)
-            begins = PROMPT_LEN * jnp.arange(batch, dtype=jnp.int32)
-            lengths = jnp.full(batch, PROMPT_LEN, jnp.int32)
-            packed = Packed(tokens[:, :PROMPT_LEN].reshape(-1), begins, lengths, PROMPT_LEN)
+            begins = prompt_len * jnp.arange(batch, dtype=jnp.int32)
+            lengths = jnp.full(batch, prompt_len, jnp.int32)
+            packed = Packed(tokens[:, :prompt_len].reshape(-1), begins, lengths, prompt_len)
             hidden, cache = model.prefill(model.embed(packed.tokens), packed, cache)
             num_new = jnp.ones(batch, jnp.int32)
 
@@ -71,9 +71,9 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
                 logits, semaphores = model.next_logits(x, semaphores)
                 return [cache, semaphores], logits
 
-            _, logits = jax.lax.scan(step, [cache, semaphores], tokens[:, PROMPT_LEN:].T)
+            _, logits = jax.lax.scan(step, [cache, semaphores], tokens[:, prompt_len:].T)
             return jnp.concatenate(
-                [model.logits(hidden[begins + PROMPT_LEN - 1])[:, None], logits.swapaxes(0, 1)], axis=1
+                [model.logits(hidden[begins + prompt_len - 1])[:, None], logits.swapaxes(0, 1)], axis=1
             )
 
         specs = decoding._state_specs(definition, RowSampling.from_params([SamplingParams()] * batch))
@@ -85,7 +85,7 @@ def step_logits(engine: KoGPT, tokens: np.ndarray) -> np.ndarray:
             check_vma=False,
         )(leaves, cache, tokens, semaphores)
 
-    cache = kv_cache.make_kv_cache(config, mesh, batch, PROMPT_LEN + NUM_STEPS)
+    cache = kv_cache.make_kv_cache(config, mesh, batch, tokens.shape[1])
     return np.asarray(read(list(engine.leaves), cache, tokens, make_semaphores()))
 
 
@@ -119,15 +119,24 @@ def leaves() -> list[jax.Array]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("quant", "kv_dtype"), [("none", None), ("w8a16", None), ("w8a16", "int8"), ("w8a8", None)])
+@pytest.mark.parametrize(
+    ("quant", "kv_dtype", "prompt_len"),  # over the end of a page of 64 tokens, and one that `linear` reads in w8a8
+    [("none", None, 100), ("w8a16", None, 100), ("w8a16", "int8", 100), ("w8a8", None, 100), ("w8a8", None, 60)],
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_logits_at_the_6b_layer_shape(
-    leaves, dtype: Dtype, quant: Quant, kv_dtype: str | None, batch: int, monkeypatch: pytest.MonkeyPatch
+    leaves,
+    dtype: Dtype,
+    quant: Quant,
+    kv_dtype: str | None,
+    prompt_len: int,
+    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Against f32: at most 1.1 times what XLA loses in the same dtype, and quantised at most 1.1 times what the same
     quantised weights, over the same kind of cache, lose in f32 (of bf16 what the activations lose besides). In w8a8
     these round activations too, and XLA, whose steps do not, is no measure."""
-    tokens = np.random.default_rng(batch).integers(0, TWO_LAYERS.vocab_size, (batch, PROMPT_LEN + NUM_STEPS))
+    tokens = np.random.default_rng(batch).integers(0, TWO_LAYERS.vocab_size, (batch, prompt_len + NUM_STEPS))
     tokens = tokens.astype(np.int32)
     oracle = step_logits(engine_of(TWO_LAYERS, leaves, "reference"), tokens)
     config = dataclasses.replace(TWO_LAYERS, dtype=dtype, quant=quant, kv_dtype=kv_dtype)
@@ -135,7 +144,7 @@ def test_logits_at_the_6b_layer_shape(
     assert kernels.ops == OpsConfig(
         linear="ffi",
         linear_many_rows="ffi",
-        linear_prefill_tokens=128 if quant == "w8a16" else 0,
+        linear_prefill_tokens={"none": 0, "w8a16": 128, "w8a8": 64}[quant],
         decode_attention="ffi",
         decode_layers="ffi",
         decode_steps="ffi",

@@ -50,7 +50,7 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
         (KERNEL_CONFIG, "gpu", dataclasses.replace(ON_GPU, linear_many_rows="reference")),
         (QUANTIZED, "gpu", dataclasses.replace(ON_GPU, linear_prefill_tokens=128, gemm="ffi")),
         (W8A8, "cpu", KERNELS),
-        (W8A8, "gpu", dataclasses.replace(ON_GPU, gemm="ffi")),
+        (W8A8, "gpu", dataclasses.replace(ON_GPU, linear_prefill_tokens=64, gemm="ffi")),
     ],
     ids=["cpu", "cpu w8a16", "gpu", "gpu w8a16", "cpu w8a8", "gpu w8a8"],
 )
@@ -154,6 +154,18 @@ PREFILL_OPS = pytest.mark.parametrize(
     ],
     ids=["few tokens", "few tokens, w8a16", "any number, w8a16"],
 )
+
+
+@pytest.mark.host
+def test_prompts_products_in_w8a8_by_linear_round_as_decode_steps_do():
+    """As the calls say: no kernel for CPUs rounds, and so a Host result is that of w8a16."""
+    x, weight = jnp.ones((64, W8A8.model_dim)), quantize_weight(jnp.ones((32, W8A8.model_dim)))
+    chosen = dataclasses.replace(KERNELS, linear_prefill_tokens=64)
+    for rows, target in ((64, "kogpt_linear"), (65, None)):
+        call = jax.make_jaxpr(lambda x: prefill_linear(x, weight, W8A8, chosen))(jnp.ones((rows, x.shape[1])))
+        (equation,) = [eqn for eqn in call.eqns if eqn.primitive.name == "ffi_call"] or [None]
+        assert (equation and equation.params["target_name"]) == target
+        assert equation is None or dict(equation.params["attributes"])["int8_activations"]
 
 
 @pytest.mark.host

@@ -85,7 +85,7 @@ def test_what_linear_reads_in_any_case_is_not_measured(monkeypatch):
 
     assert rows(QUANTIZED, [16, 128, 129, 512]) == [512, 256] * 2
     assert rows(QUANTIZED, [16, 512], "cpu") == [512, 16] * 2
-    assert rows(W8A8, [16, 512]) == [512, 16] * 2
+    assert rows(W8A8, [16, 64, 65, 512]) == [512, 128] * 2
     with pytest.raises(InputError, match="there is nothing to measure"):
         rows(QUANTIZED, [128])
 
