@@ -62,7 +62,7 @@ FinishReason = Literal["stop", "length"]
 # needs.
 STEPS_PER_CHUNK = 8
 
-# Of a device's memory that the weights leave: for small caches of batches that are done.
+# Of a device's memory that the weights leave: set aside for small caches of batches that are done.
 _KEPT_SHARE = 1 / 32
 
 _GPTJ_DEFAULT_EOS = 50256
@@ -715,8 +715,7 @@ class KoGPT:
                 lens = [(len(request.prompt_ids), request.max_new_tokens) for request in group]
                 needed = self._batch_bytes(lens)
                 free = self._free_bytes()
-                if needed > free and self._kept_caches:
-                    self._kept_caches.clear()
+                if needed > free and self._kept_caches.give_way():
                     free = self._free_bytes()
                 if needed <= free:
                     break
@@ -764,7 +763,7 @@ class KoGPT:
 
     def _free_bytes(self) -> float:
         """Memory that a batch may take on the fullest device. The same in all processes."""
-        return _unused_bytes(self.mesh.local_devices) + self._kept_caches.bytes_that_give_way()
+        return _unused_bytes(self.mesh.local_devices) + self._kept_caches.bytes_for_others()
 
 
 def _resolve_ops(

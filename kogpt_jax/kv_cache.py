@@ -16,6 +16,7 @@ numbers them from 0: the stages of a pipeline share one page table.
 
 import dataclasses
 import functools
+import threading
 from typing import Any, no_type_check
 
 import jax
@@ -115,13 +116,14 @@ class KeptCaches:
     """Caches of batches that are done, emptied: for later batches of as many rows and the same capacity, since to make
     one takes a first token longer (1.4 ms of 5 on an H200).
 
-    The newest, whatever its size, and older ones as long as all together are small.
+    The newest, whatever its size, and older ones as long as all together take no more than what is set aside.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, small_bytes: float):
-        """``small_bytes``, of a device's memory, are set aside for them."""
-        self._config, self._mesh, self._small_bytes = config, mesh, small_bytes
+    def __init__(self, config: ModelConfig, mesh: Mesh, set_aside: float):
+        """``set_aside``: bytes of each device's memory."""
+        self._config, self._mesh, self._set_aside = config, mesh, set_aside
         self._caches: dict[tuple[int, int], KVCache] = {}  # the oldest first
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -130,32 +132,39 @@ class KeptCaches:
         """Takes a cache that nobody uses any more."""
         batch, capacity = cache.page_table.shape[0], cache.max_len
         page_table, lengths = make_rows(self._config, self._mesh, batch, capacity)
-        self._caches.pop((batch, capacity), None)
-        self._caches[batch, capacity] = dataclasses.replace(cache, page_table=page_table, lengths=lengths)
-        while len(self._caches) > 1 and not self._are_small():
-            del self._caches[next(iter(self._caches))]
+        with self._lock:
+            self._caches.pop((batch, capacity), None)
+            self._caches[batch, capacity] = dataclasses.replace(cache, page_table=page_table, lengths=lengths)
+            while len(self._caches) > 1 and self.num_bytes() > self._set_aside:
+                del self._caches[next(iter(self._caches))]
 
     def take(self, batch: int, capacity: int) -> KVCache:
         """A cache of rows without tokens over pages whatever they hold: a kept one, or else a new one."""
-        kept = self._caches.pop((batch, capacity), None)
-        if kept is not None:
-            return kept
-        if not self._are_small():
-            self.clear()  # before there are two
+        with self._lock:
+            kept = self._caches.pop((batch, capacity), None)
+            if kept is not None:
+                return kept
+            if self.num_bytes() > self._set_aside:
+                self._caches.clear()  # before there are two
         return make_kv_cache(self._config, self._mesh, batch, capacity)
 
     def clear(self) -> None:
         """Gives their memory back."""
-        self._caches.clear()
+        with self._lock:
+            self._caches.clear()
 
-    def bytes_that_give_way(self) -> int:
-        """Memory of a device that `take` frees before it makes a cache."""
-        return 0 if self._are_small() else self._num_bytes()
+    def give_way(self) -> bool:
+        """Gives up what is set aside, for good: from now on the newest alone is kept. Whether there was anything."""
+        was_any, self._set_aside = self._set_aside > 0, 0.0
+        self.clear()
+        return was_any
 
-    def _are_small(self) -> bool:
-        return self._num_bytes() <= self._small_bytes
+    def bytes_for_others(self) -> float:
+        """What a batch may take of a device's memory besides what is unused: what is kept, less what is set aside."""
+        with self._lock:
+            return self.num_bytes() - self._set_aside
 
-    def _num_bytes(self) -> int:
+    def num_bytes(self) -> int:
         """On each device."""
         num_data, split = self._mesh.shape["data"], Split.of(self._mesh)
         return sum(

@@ -26,9 +26,12 @@ from kogpt_jax.sharding import VOCAB_AXES
 Choice = Literal["auto", "ffi", "reference"]
 CHOICES: tuple[str, ...] = get_args(Choice)
 
-# Tokens of prompts read at once for which groups of 64 are faster on a GPU than what reads more tokens
-# (docs/performance-notes.md, "Short prompts").
-_LINEAR_PREFILL_TOKENS: dict[Quant, int] = {"none": 0, "w8a16": 2 * MAX_ROWS, "w8a8": MAX_ROWS}
+# Tokens of prompts read at once for which `linear`, in groups of 64, is faster than what reads more tokens: on a GPU
+# beside INT8 weights, on a CPU beside others (docs/performance-notes.md, "Short prompts" and "CPU").
+_LINEAR_PREFILL_TOKENS: dict[str, dict[Quant, int]] = {
+    "gpu": {"none": 0, "w8a16": 2 * MAX_ROWS, "w8a8": MAX_ROWS},
+    "cpu": {"none": MAX_ROWS // 2, "w8a16": 0, "w8a8": 0},
+}
 
 _logger = logging.getLogger("kogpt_jax")
 
@@ -157,9 +160,10 @@ def gemm_implementations(config: ModelConfig, *, platform: str, num_shards: int 
 
 def linear_prefill_tokens(config: ModelConfig, *, platform: str, num_shards: int = 1) -> int:
     """Up to how many tokens of whole sequences the layers' products are `linear`'s, whatever runs those of more."""
-    if platform == "gpu" and _linear_problem(config, platform, num_shards) is None:
-        return _LINEAR_PREFILL_TOKENS[config.quant]
-    return 0
+    has_kernel = _linear_problem(config, platform, num_shards) is None
+    if not has_kernel or (platform == "cpu" and not _has_vector_code()):
+        return 0
+    return _LINEAR_PREFILL_TOKENS[platform][config.quant]
 
 
 def gemm_op(config: ModelConfig) -> str:

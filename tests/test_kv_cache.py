@@ -290,15 +290,22 @@ def test_old_caches_are_kept_as_long_as_all_are_small(engine, made):
     assert use(small) == ([small], True)
     assert use(other) == ([small, other], True)
     assert use(small) == ([other, small], False)
-    assert caches.bytes_that_give_way() == 0
+    assert caches.bytes_for_others() == 0  # all that is set aside is taken
     assert use(large) == ([large], True)  # more than all may take, and the newest
-    assert caches.bytes_that_give_way() == num_bytes(large)
+    assert caches.bytes_for_others() == num_bytes(large) - num_bytes(small, other)
     assert use(large) == ([large], False)
     caches.take(*small)
     assert not caches  # before there were two
-    caches.keep(kv_cache.make_kv_cache(engine.config, engine.mesh, *small))
+    assert caches.bytes_for_others() == -num_bytes(small, other)
+    use(small)
+    assert caches.give_way()
+    assert not caches
+    assert not caches.give_way()
+    assert caches.bytes_for_others() == 0
+    assert use(small) == ([small], True)  # the newest alone
+    assert use(other) == ([other], True)
     caches.clear()
-    assert len(caches) == 0
+    assert not caches
 
 
 def test_small_kept_caches_give_way_to_a_batch_that_needs_their_memory(engine, monkeypatch):
@@ -307,9 +314,10 @@ def test_small_kept_caches_give_way_to_a_batch_that_needs_their_memory(engine, m
     engine.generate_ids(PROMPTS[:1], PARAMS[:1])
     assert len(caches) == 1
     needed = engine._batch_bytes([(len(prompt), 12) for prompt in PROMPTS])
-    monkeypatch.setattr(engine_module, "_unused_bytes", lambda devices: needed - len(caches))
+    monkeypatch.setattr(engine_module, "_unused_bytes", lambda devices: needed - caches.num_bytes())
     engine.generate_ids(PROMPTS, PARAMS)  # as one batch
     assert [batch for batch, _ in caches._caches] == [len(PROMPTS)]
+    assert not caches.give_way()
 
 
 def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):

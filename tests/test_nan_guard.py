@@ -121,7 +121,8 @@ def test_an_op_of_a_decode_step_that_fails(engine, monkeypatch, function, call, 
         return jnp.where(next(calls) == call, jnp.nan, first), *others
 
     monkeypatch.setattr(model, function, broken)
-    spoilt = KoGPT(engine.config, engine.leaves, engine.mesh, nan_guard=True)
+    # Whose prefill has two such calls on any machine.
+    spoilt = KoGPT(engine.config, engine.leaves, engine.mesh, nan_guard=True, implementation="reference")
     assert first_in(spoilt.generate_ids, [PROMPTS[1]], greedy(3)) == op
 
 

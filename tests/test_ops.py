@@ -45,7 +45,11 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("config", "platform", "expected"),
     [
-        (KERNEL_CONFIG, "cpu", dataclasses.replace(KERNELS, linear_many_rows="reference")),
+        (
+            KERNEL_CONFIG,
+            "cpu",
+            dataclasses.replace(KERNELS, linear_many_rows="reference", linear_prefill_tokens=32),
+        ),
         (QUANTIZED, "cpu", KERNELS),
         (KERNEL_CONFIG, "gpu", dataclasses.replace(ON_GPU, linear_many_rows="reference")),
         (QUANTIZED, "gpu", dataclasses.replace(ON_GPU, linear_prefill_tokens=128, gemm="ffi")),
@@ -270,7 +274,9 @@ def test_w8a8_lets_steps_round_the_inputs_of_the_layers_products():
 def test_over_stages_steps_are_no_call_of_their_own():
     """An engine knows that, and gives the same texts."""
     one, two = (KoGPT.from_random(KERNEL_CONFIG, implementation="ffi", mesh=mesh) for mesh in ("d1p1t1", "d1p2t1"))
-    assert (one.ops, two.ops) == (KERNELS, dataclasses.replace(KERNELS, decode_steps="reference"))
+    tokens = ops.linear_prefill_tokens(KERNEL_CONFIG, platform="cpu")
+    assert one.ops == dataclasses.replace(KERNELS, linear_prefill_tokens=tokens)
+    assert two.ops == dataclasses.replace(one.ops, decode_steps="reference")
     texts = [engine.generate_ids([prompt(9)], greedy(12))[0].token_ids for engine in (one, two)]
     assert texts[0] == texts[1]
 
