@@ -171,7 +171,7 @@ def fastest_implementation(
     """The implementation that serves a model's products best over all the rows that were measured, or None if nothing
     was.
 
-    One for all rows: a row's result may not depend on how many others there are. Each number of rows counts alike,
+    One for all rows, lest a row's result depend on how many others there are. Each number of rows counts alike,
     whatever it takes: an implementation's time for the products together is compared with the fastest one's.
 
     Args:
@@ -392,10 +392,14 @@ def tune(
     operands = operands[: max(2, calls)]  # a call that is so slow leaves nothing in a cache anyway
     turns = max(1, min(turns, calls // len(operands)))
     # Most of the time is XLA's, which compiles on as many cores as there are; nothing runs beside what is timed.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    try:
         rotations = [
             pool.submit(timing.compile_rotation, _step(candidate), operands, turns=turns) for candidate in candidates
         ]
+        concurrent.futures.wait(rotations)
+    finally:  # Ctrl-C waits for what is being compiled, not for the rest
+        pool.shutdown(cancel_futures=True)
     rejected: list[tuple[Choice, str]] = []
     right: dict[Choice, timing.Rotation] = {}
     for candidate, compiled in zip(candidates, rotations, strict=True):

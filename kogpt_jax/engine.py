@@ -194,7 +194,8 @@ class KoGPT:
         # On a CPU a chunk that turns out not to be needed would cost more than the wait.
         self._chunks_in_flight = 1 if platform == "cpu" else 2
         self._no_hidden: dict[int, jax.Array] = {}  # by rows of a batch: what `decoding.prefill` takes first
-        self._kept_caches = kv_cache.KeptCaches(config, mesh, _unused_bytes(mesh.local_devices) * _KEPT_SHARE)
+        unused = distributed.smallest(_unused_bytes(mesh.local_devices))
+        self._kept_caches = kv_cache.KeptCaches(config, mesh, unused * _KEPT_SHARE if math.isfinite(unused) else 0.0)
 
     @classmethod
     def from_pretrained(
@@ -579,11 +580,11 @@ class KoGPT:
         """Prefill and chunks of a batch, on the host. On a GPU the next chunk is under way before the host looks at the
         last one."""
         state: DecodeState | None
-        state, emitted = self._prefill(slots)
         most = max(request.max_new_tokens for request in slots if request is not None)
-        num_dispatched = 1
-        under_way = collections.deque([_fetched(emitted)])
         try:
+            state, emitted = self._prefill(slots)
+            num_dispatched = 1
+            under_way = collections.deque([_fetched(emitted)])
             while True:
                 while num_dispatched < most and len(under_way) < self._chunks_in_flight:
                     state, emitted = self._start(decoding.decode_loop, self.leaves, state, num_steps=STEPS_PER_CHUNK)
@@ -673,7 +674,7 @@ class KoGPT:
         """Groups texts that fit the devices, long ones first, into as many tokens as prefill reads at a time."""
         group: list[int] = []
         self._kept_caches.clear()
-        free = self._free_bytes()
+        free = self._free_bytes() + self._kept_caches.set_aside
         most = 1 if self.deterministic else self.max_batch_size
         for index in sorted(range(len(lens)), key=lambda index: lens[index], reverse=True):
             num_tokens = sum(lens[other] for other in group) + lens[index]
@@ -715,7 +716,8 @@ class KoGPT:
                 lens = [(len(request.prompt_ids), request.max_new_tokens) for request in group]
                 needed = self._batch_bytes(lens)
                 free = self._free_bytes()
-                if needed > free and self._kept_caches.give_way():
+                if free < needed <= free + self._kept_caches.set_aside:
+                    self._kept_caches.give_way()
                     free = self._free_bytes()
                 if needed <= free:
                     break
@@ -762,8 +764,9 @@ class KoGPT:
         return needed
 
     def _free_bytes(self) -> float:
-        """Memory that a batch may take on the fullest device. The same in all processes."""
-        return _unused_bytes(self.mesh.local_devices) + self._kept_caches.bytes_for_others()
+        """Memory that a batch may take on the fullest device; what is set aside for kept caches is not in it. The same
+        in all processes."""
+        return distributed.smallest(_unused_bytes(self.mesh.local_devices) + self._kept_caches.bytes_for_others())
 
 
 def _resolve_ops(
@@ -824,12 +827,9 @@ def _too_large(what: str, needed: float, free: float) -> InputError:
 
 
 def _unused_bytes(devices: Sequence[Any]) -> float:
-    """Memory left on the fullest of this process's devices, and of all processes'; on a CPU what the host has
-    available."""
+    """Memory left on the fullest device; on a CPU what the host has available."""
     stats = [device.memory_stats() for device in devices]
-    return distributed.smallest(
-        min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
-    )
+    return min(s["bytes_limit"] - s["bytes_in_use"] if s else _available_host_bytes() for s in stats)
 
 
 def _available_host_bytes() -> float:

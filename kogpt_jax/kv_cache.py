@@ -121,7 +121,8 @@ class KeptCaches:
 
     def __init__(self, config: ModelConfig, mesh: Mesh, set_aside: float):
         """``set_aside``: bytes of each device's memory."""
-        self._config, self._mesh, self._set_aside = config, mesh, set_aside
+        self.set_aside = set_aside
+        self._config, self._mesh = config, mesh
         self._caches: dict[tuple[int, int], KVCache] = {}  # the oldest first
         self._lock = threading.Lock()
 
@@ -135,7 +136,7 @@ class KeptCaches:
         with self._lock:
             self._caches.pop((batch, capacity), None)
             self._caches[batch, capacity] = dataclasses.replace(cache, page_table=page_table, lengths=lengths)
-            while len(self._caches) > 1 and self.num_bytes() > self._set_aside:
+            while len(self._caches) > 1 and self.num_bytes() > self.set_aside:
                 del self._caches[next(iter(self._caches))]
 
     def take(self, batch: int, capacity: int) -> KVCache:
@@ -144,7 +145,7 @@ class KeptCaches:
             kept = self._caches.pop((batch, capacity), None)
             if kept is not None:
                 return kept
-            if self.num_bytes() > self._set_aside:
+            if self.num_bytes() > self.set_aside:
                 self._caches.clear()  # before there are two
         return make_kv_cache(self._config, self._mesh, batch, capacity)
 
@@ -153,16 +154,16 @@ class KeptCaches:
         with self._lock:
             self._caches.clear()
 
-    def give_way(self) -> bool:
-        """Gives up what is set aside, for good: from now on the newest alone is kept. Whether there was anything."""
-        was_any, self._set_aside = self._set_aside > 0, 0.0
-        self.clear()
-        return was_any
+    def give_way(self) -> None:
+        """Gives up what is set aside, for good: from now on the newest alone is kept."""
+        with self._lock:
+            self.set_aside = 0.0
+            self._caches.clear()
 
     def bytes_for_others(self) -> float:
         """What a batch may take of a device's memory besides what is unused: what is kept, less what is set aside."""
         with self._lock:
-            return self.num_bytes() - self._set_aside
+            return self.num_bytes() - self.set_aside
 
     def num_bytes(self) -> int:
         """On each device."""

@@ -60,9 +60,10 @@ def resolve_ops(
     an instruction set that the kernels are written for: 1.1 to 5.5 times as fast as XLA with AVX-512.
     Beyond the 64 rows of a call "auto" gives other weights to XLA, which reads them once for all rows, and takes INT8
     ones in groups of 64 rows: XLA would write and read them in 16 bits, which is more than a few groups read. "ffi"
-    takes groups for both, so that a row has the same bits in a batch of any size. For the layers' products of whole
-    sequences with INT8 weights "auto" takes what was the fastest, where this device has been timed with such products
-    (`custom_ops.autotune`), else the project's kernel on a GPU.
+    takes groups for both, so that a row has the same bits in a batch of any size. Products of few tokens of whole
+    sequences are `linear`'s wherever `linear_prefill_tokens` says. For those of more with INT8 weights "auto" takes
+    what was the fastest, where this device has been timed with such products (`custom_ops.autotune`), else the
+    project's kernel on a GPU.
     With ``deterministic`` a decode step takes what gives a row the same bits in any place of a batch: the kernels of
     `linear` and `decode_attention`, for "auto" too, and sums over tensor shards in order.
     A decode step's sums over shards are the project's kernel's where all devices are GPUs of this process that NVLink

@@ -122,7 +122,8 @@ def make_problems(
     if not problems:
         names = ", ".join(sorted({f"{config.quant} in {config.dtype}" for config in configs}))
         raise InputError(
-            f"there is nothing to measure: one way only to run {names} on {platform} (kogpt info says what was built)"
+            f"there is nothing to measure: one way only to run {names} on {platform} "
+            f"at {', '.join(map(str, rows))} rows (kogpt info says what was built)"
         )
     return problems
 

@@ -259,13 +259,14 @@ def test_a_batch_takes_the_pages_of_one_before_if_they_fit(engine, expected, mon
     assert not engine._kept_caches  # their memory is for the score
 
 
-def test_after_an_error_no_cache_is_kept(engine, expected, monkeypatch):
+@pytest.mark.parametrize("phase", ["start_decode", "decode_loop"])
+def test_after_an_error_no_cache_is_kept(engine, expected, monkeypatch, phase):
     def fail(*args, **static):
         raise RuntimeError("the device is gone")
 
     engine.generate_ids(PROMPTS, PARAMS)
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "decode_loop", fail)
+        patch.setattr(decoding, phase, fail)
         with pytest.raises(RuntimeError, match="the device is gone"):
             engine.generate_ids(PROMPTS, PARAMS)
     assert not engine._kept_caches
@@ -298,9 +299,8 @@ def test_old_caches_are_kept_as_long_as_all_are_small(engine, made):
     assert not caches  # before there were two
     assert caches.bytes_for_others() == -num_bytes(small, other)
     use(small)
-    assert caches.give_way()
+    caches.give_way()
     assert not caches
-    assert not caches.give_way()
     assert caches.bytes_for_others() == 0
     assert use(small) == ([small], True)  # the newest alone
     assert use(other) == ([other], True)
@@ -309,15 +309,23 @@ def test_old_caches_are_kept_as_long_as_all_are_small(engine, made):
 
 
 def test_small_kept_caches_give_way_to_a_batch_that_needs_their_memory(engine, monkeypatch):
-    caches = KeptCaches(engine.config, engine.mesh, 1e9)
-    monkeypatch.setattr(engine, "_kept_caches", caches)
-    engine.generate_ids(PROMPTS[:1], PARAMS[:1])
-    assert len(caches) == 1
+    """For good, and only where that is enough. Texts to score take it as well."""
     needed = engine._batch_bytes([(len(prompt), 12) for prompt in PROMPTS])
-    monkeypatch.setattr(engine_module, "_unused_bytes", lambda devices: needed - caches.num_bytes())
+    caches = KeptCaches(engine.config, engine.mesh, 1000.0)
+    monkeypatch.setattr(engine, "_kept_caches", caches)
+    unused = needed - 1001
+    monkeypatch.setattr(engine_module, "_unused_bytes", lambda devices: unused + 1000 - caches.num_bytes())
+    engine.generate_ids(PROMPTS, PARAMS)  # in halves
+    assert max(batch for batch, _ in caches._caches) < len(PROMPTS)
+    assert caches.set_aside == 1000
+    unused += 1
     engine.generate_ids(PROMPTS, PARAMS)  # as one batch
     assert [batch for batch, _ in caches._caches] == [len(PROMPTS)]
-    assert not caches.give_way()
+    assert caches.set_aside == 0
+    lens = [len(prompt) for prompt in PROMPTS]
+    caches.set_aside = 1000.0
+    unused = engine._score_bytes(sum(lens), len(lens)) - 1000
+    assert list(engine._scored_together(lens)) == [sorted(range(len(lens)), key=lens.__getitem__, reverse=True)]
 
 
 def test_only_a_rows_own_tokens_are_written(engine, monkeypatch):

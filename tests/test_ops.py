@@ -72,7 +72,8 @@ def test_auto_leaves_a_cpu_that_kernels_are_not_written_for_to_xla(monkeypatch):
         monkeypatch.setattr(ops, "library_info", lambda host=host: (host,))
         assert resolve_ops(KERNEL_CONFIG, "auto", platform="cpu") == REFERENCE
         assert resolve_ops(QUANTIZED, "auto", platform="cpu") == KERNELS
-        assert resolve_ops(KERNEL_CONFIG, "auto", platform="cpu", deterministic=True).linear == "ffi"
+        deterministic = resolve_ops(KERNEL_CONFIG, "auto", platform="cpu", deterministic=True)
+        assert (deterministic.linear, deterministic.linear_prefill_tokens) == ("ffi", 0)
 
 
 def test_auto_leaves_prompts_of_too_many_rows_to_xla(monkeypatch):
