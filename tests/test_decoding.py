@@ -118,7 +118,8 @@ def test_of_the_last_layer_only_the_last_tokens_are_read(quant: Quant):
         tolerances.assert_close(last[is_read], expected[is_read], rule, quant)
         np.testing.assert_array_equal(both.lengths, cache.lengths)
         for got, want in zip((*both.k, *both.v), (*cache.k, *cache.v), strict=True):
-            tolerances.assert_close(got, want, tolerances.MODULE["fp32"], f"cache, {quant}")
+            # But for the scratch page, which has what became of tokens of no row.
+            tolerances.assert_close(got[:-1], want[:-1], tolerances.MODULE["fp32"], f"cache, {quant}")
 
 
 @pytest.fixture(scope="module", params=["prefill", "decode_loop"])
