@@ -113,8 +113,8 @@ def make_rows(config: ModelConfig, mesh: Mesh, batch: int, max_len: int) -> tupl
 
 
 class KeptCaches:
-    """Caches of batches that are done, emptied: for later batches of as many rows and the same capacity, since to make
-    one takes a first token longer (1.4 ms of 5 on an H200).
+    """Caches of batches that are done, emptied: for later batches of as many rows and the same capacity, whose first
+    tokens would wait for a new one (docs/performance-notes.md, "A whole prefill").
 
     The newest, whatever its size, and older ones as long as all together take no more than what is set aside.
     """

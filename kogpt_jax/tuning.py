@@ -110,9 +110,9 @@ def make_problems(
         implementations = gemm_implementations(config, platform=platform, num_shards=num_shards)
         (in_outputs, dim), (_, act_dim) = layer_products(config, num_shards)
         # Many rows first: what counts most is there if the rest is broken off.
-        fewest = linear_prefill_tokens(config, platform=platform, num_shards=num_shards) + 1
+        by_linear = linear_prefill_tokens(config, platform=platform, num_shards=num_shards)
         buckets = sorted(
-            {Key.of("", config.jax_dtype, 1, 1, number).rows for number in rows if number >= fewest}, reverse=True
+            {Key.of("", config.jax_dtype, 1, 1, number).rows for number in rows if number > by_linear}, reverse=True
         )
         in_keys = [Key.of(gemm_op(config), config.jax_dtype, in_outputs, dim, bucket) for bucket in buckets]
         out_keys = [dataclasses.replace(key, num_outputs=dim, k_dim=act_dim) for key in in_keys]
